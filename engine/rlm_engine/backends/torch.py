@@ -35,7 +35,7 @@ class TorchCache:
             slots = torch.from_numpy(where.slots).to(self.k.device)
             self.k[rows, :, slots] = k
             self.v[rows, :, slots] = v
-        self._hidden[where.rows, where.slots] = False
+        self._hidden[where.rows, where.slots] = False if where.hidden is None else where.hidden
 
     def shift(self, row: int, start: int, stop: int) -> None:
         count = stop - start
@@ -47,6 +47,12 @@ class TorchCache:
 
     def hide(self, row: int, slots: np.ndarray) -> None:
         self._hidden[row, slots] = True
+
+    def grow(self, capacity: int) -> None:
+        extra = capacity - self.capacity
+        self.k, self.v = F.pad(self.k, (0, 0, 0, extra)), F.pad(self.v, (0, 0, 0, extra))
+        self._hidden = np.pad(self._hidden, ((0, 0), (0, extra)))
+        self.capacity = capacity
 
     def attend(self, where: Placement) -> Attend:
         """Attention of flat tokens over this cache, writing their keys and values first."""

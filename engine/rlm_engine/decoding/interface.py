@@ -49,18 +49,21 @@ class Placement:
     ``first[i]``: the first slot it may see. Token i attends to slots first[i]..slots[i] of its row
     (after all N tokens are written), minus slots the cache marks hidden.
     The tokens of one row appear in rising slot order.
+    ``hidden[i]``: token i's key is never seen by anybody, itself included (padding); None: all are seen.
     """
 
     rows: np.ndarray  # int64 [N]
     slots: np.ndarray  # int64 [N]
     first: np.ndarray  # int64 [N]
+    hidden: np.ndarray | None = None  # bool [N]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, index: np.ndarray) -> Placement:
         """The placement of a subset of the tokens (integer index, rising)."""
-        return Placement(self.rows[index], self.slots[index], self.first[index])
+        hidden = None if self.hidden is None else self.hidden[index]
+        return Placement(self.rows[index], self.slots[index], self.first[index], hidden)
 
 
 class Cache(Protocol):
@@ -69,13 +72,16 @@ class Cache(Protocol):
     capacity: int
 
     def write(self, where: Placement, k: Array, v: Array) -> None:
-        """Store k and v, each [N, heads, head_dim], at the tokens' slots."""
+        """Store k and v, each [N, heads, head_dim], at the tokens' slots, and whether those are hidden."""
 
     def shift(self, row: int, start: int, stop: int) -> None:
         """Move slots start..stop of a row to its beginning (window eviction)."""
 
     def hide(self, row: int, slots: np.ndarray) -> None:
         """Never let anybody attend to these slots (published models mask padding keys). write() unhides a slot."""
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` slots per row, keeping what is stored."""
 
 
 class Backend(Protocol):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rlm_engine.decoding.rotary import rotary_tables as rotary_tables
 
 # (q, k, v) each [..., tokens, heads, head_dim] -> [..., tokens, heads, head_dim]; the caller decides whether this is
 # dense causal attention (training) or writes to and reads from a cache (decoding). Block code is the same for both.
@@ -16,18 +17,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Root mean square normalisation over the last axis (Zhang and Sennrich 2019), optionally times a gain."""
-    return F.rms_norm(x, (x.shape[-1],), gain, eps)
-
-
-def rotary_tables(positions: np.ndarray, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin, float64 [tokens, head_dim/2], of rotary position embedding (Su et al. 2021).
-
-    Computed in float64 so that positions far beyond the training length keep their precision
-    (half precision tables are off by up to 2 rad at position 512).
-    """
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles = np.asarray(positions, dtype=np.float64)[:, None] * frequencies[None, :]
-    return np.cos(angles), np.sin(angles)
+    return F.rms_norm(x, (x.shape[-1],), None if gain is None else gain.to(x.dtype), eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
