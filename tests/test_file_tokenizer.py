@@ -207,6 +207,13 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> No
     assert "\n" not in str(error.value)
 
 
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    content = json.dumps(small()).replace('"ab": 257', '"ab": 3, "ab": 257')
+    assert content.count('"ab": 3') == 1
+    with pytest.raises(ModelError, match="twice"):
+        FileTokenizer.from_directory(write(tmp_path, content))
+
+
 def test_only_regular_files_of_sane_size_are_read(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(ModelError, match="No such file"):

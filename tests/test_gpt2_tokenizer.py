@@ -190,3 +190,5 @@ def test_the_configuration_names_the_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(config(tokenizer="bert"), tmp_path)
     with pytest.raises(ModelError, match="twice"):
         load_tokenizer(config(vocab_size=50304, added_tokens=("<|endoftext|>",)), tmp_path)
+    with pytest.raises(ModelError, match="added_tokens"):
+        load_tokenizer(config(tokenizer="technical", added_tokens=("<|pad|>",)), tmp_path)

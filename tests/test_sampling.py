@@ -149,6 +149,8 @@ def test_ties_go_to_the_lowest_id() -> None:
     # 0.35 of ten equals: those with 0, 0.1, 0.2 and 0.3 before them stay.
     kept = np.flatnonzero(Sampler(Sampling(top_p=0.35, seed=0)).probabilities(flat))
     assert kept.tolist() == [0, 1, 2, 3]
+    # The token that begins exactly at the border stays, as published.
+    assert np.flatnonzero(Sampler(Sampling(top_p=0.5, seed=0)).probabilities(flat[:4])).tolist() == [0, 1, 2]
     # Every tie with the k-th stays, as published.
     p = Sampler(Sampling(top_k=2, top_p=1.0, seed=0)).probabilities(np.array([1.0, 3.0, 1.0, 0.0]))
     assert np.flatnonzero(p).tolist() == [0, 1, 2]
@@ -185,6 +187,18 @@ def test_forbidden_tokens_are_never_chosen_and_damaged_logits_are_named() -> Non
             log_softmax(np.array([[0.0, 1.0], [0.0, bad]]))
     with pytest.raises(ModelError, match="every token"):
         Sampler(Sampling()).probabilities(np.full(3, -np.inf))
+
+
+@pytest.mark.parametrize("draw", [0.0, 1.0 - 2.0**-53])
+def test_the_outermost_draws_never_reach_a_forbidden_token(draw: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Outermost:
+        def random(self) -> float:
+            return draw
+
+    sampler = Sampler(Sampling(top_p=1.0, seed=0))
+    monkeypatch.setattr(sampler, "_random", Outermost())
+    logits = np.array([-np.inf, *np.linspace(0, 1, 1001), -np.inf])
+    assert sampler.choose(logits) == (1 if draw == 0.0 else 1001)
 
 
 def test_the_callers_logits_are_left_alone() -> None:

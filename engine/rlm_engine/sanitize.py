@@ -28,7 +28,7 @@ class PrintableFilter:
     """
 
     def __init__(self) -> None:
-        self._state = "text"  # text, escape, intermediate, csi, string, string-escape
+        self._state = "text"  # text, escape, intermediate, csi, string
         self._length = 0
 
     def push(self, text: str) -> str:
@@ -40,7 +40,7 @@ class PrintableFilter:
     def _step(self, c: str) -> str:
         state, code = self._state, ord(c)
         if c == "\x1b":
-            self._state = "string-escape" if state in ("string", "string-escape") else "escape"
+            self._state = "escape"  # inside a control string too: "\\" then completes its terminator
             return ""
         if c in "\x18\x1a\x9c":  # CAN, SUB and ST end any sequence
             self._state = "text"
@@ -48,11 +48,6 @@ class PrintableFilter:
         if 0x80 <= code <= 0x9F:
             self._introduce(chr(code - 0x40))
             return ""
-        if state == "string-escape":  # ESC inside a control string: "\" ends it, else a new sequence begins
-            if c == "\\":
-                self._state = "text"
-                return ""
-            state = self._state = "escape"
         if state == "string":
             return self._in_string(c)
         if state == "escape":
