@@ -264,7 +264,7 @@ def _soft_masked_attention(causal: Tensor, pads: Tensor, dropout: float) -> Atte
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        scores = (scores.to(bias.dtype) + bias).clamp(SOFT_MASK, -SOFT_MASK)
+        scores = (scores.to(torch.promote_types(scores.dtype, bias.dtype)) + bias).clamp(SOFT_MASK, -SOFT_MASK)
         weights = F.dropout(torch.softmax(scores, dim=-1), dropout, dropout > 0)
         return (weights.to(v.dtype) @ v).transpose(1, 2)
 

@@ -55,6 +55,9 @@ class Layout:
                 raise ModelError(f"{where}: tensor {name!r} {problem}")
         tensors = {}
         for name, source in self.sources.items():
+            for part in source.names:
+                if published[part].dtype.kind != "f":
+                    raise ModelError(f"{where}: tensor {part!r} holds {published[part].dtype}, expected floating point")
             parts = [published[part] for part in source.names]
             tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return tensors
