@@ -1,11 +1,14 @@
 """The mixture design against vectors of the published model: forward, losses, and decoding through the decoder.
 
-Each `<prefix>_config.json` in tests/data/reference with a `<prefix>_weights.safetensors` of this design is tried.
+Every `<prefix>_{config,golden}.json` with `<prefix>_{weights,golden}.safetensors` of this design in
+tests/data/reference is tried, and in each directory that the environment variable RLM_GOLDEN_DIRS names.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,27 @@ from rlm_engine.config import MixtureConfig
 from rlm_engine.decoding.mixture import MixtureDecoder
 from rlm_engine.models.mixture import MixtureModel
 from rlm_engine.published import mixture as published
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
-REFERENCE = Path(__file__).parent / "data" / "reference"
-PREFIXES = sorted(p.name.removesuffix("_config.json") for p in REFERENCE.glob("mor*_config.json"))
+DIRECTORIES = [
+    Path(__file__).parent / "data" / "reference",
+    *map(Path, filter(None, os.environ.get("RLM_GOLDEN_DIRS", "").split(os.pathsep))),
+]
+
+
+def is_mixture(prefix: str) -> bool:
+    with safe_open(f"{prefix}_weights.safetensors", "np") as file:
+        return published.matches({}, {name: () for name in file.keys()})  # noqa: SIM118
+
+
+PREFIXES = [
+    prefix
+    for directory in DIRECTORIES
+    for prefix in sorted(str(p).removesuffix("_golden.json") for p in directory.glob("*_golden.json"))
+    if is_mixture(prefix)
+]
+by_prefix = pytest.mark.parametrize("prefix", PREFIXES, ids=lambda prefix: Path(prefix).name)
 TOLERANCE = 1e-3
 
 
@@ -33,20 +53,27 @@ class Golden:
     facts: dict[str, Any]
 
 
+@functools.cache
 def load(prefix: str, dtype: torch.dtype = torch.float32) -> Golden:
-    weights = load_file(REFERENCE / f"{prefix}_weights.safetensors")
-    data = json.loads((REFERENCE / f"{prefix}_config.json").read_text())
+    weights = load_file(f"{prefix}_weights.safetensors")
+    data = json.loads(Path(f"{prefix}_config.json").read_text())
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     assert published.matches(data, shapes)
     config = published.config(data, shapes, prefix)
     model = MixtureModel(config).to(dtype).eval()
     tensors = published.tensors(config, weights)
     model.load_state_dict({name: torch.from_numpy(t) for name, t in tensors.items()})
-    facts = json.loads((REFERENCE / f"{prefix}_golden.json").read_text())
-    return Golden(model, config, load_file(REFERENCE / f"{prefix}_golden.safetensors"), facts)
+    facts = json.loads(Path(f"{prefix}_golden.json").read_text())
+    return Golden(model, config, load_file(f"{prefix}_golden.safetensors"), facts)
 
 
-@pytest.fixture(scope="module", params=PREFIXES)
+def cases_with(golden: Golden, field: str) -> list[str]:
+    names = [key.removesuffix(f".{field}") for key in golden.arrays if key.endswith(f".{field}")]
+    assert names, f"no case has {field}"
+    return names
+
+
+@pytest.fixture(scope="module", params=PREFIXES, ids=lambda prefix: Path(prefix).name)
 def golden(request: pytest.FixtureRequest) -> Golden:
     return load(request.param)
 
@@ -81,9 +108,7 @@ def test_logits_steps_and_router_of_every_case(golden: Golden) -> None:
 
 
 def test_intermediate_states(golden: Golden) -> None:
-    names = {key.split(".")[0] for key in golden.arrays if key.endswith(".hidden_final")}
-    assert names
-    for name in names:
+    for name in cases_with(golden, "hidden_final"):
         states = run(golden, name, keep_states=True).states
         expected = ["hidden_embed", *(f"hidden_layer{n}" for n in range(golden.config.n_layers)), "hidden_final"]
         for state, key in zip(states, expected, strict=True):
@@ -91,40 +116,38 @@ def test_intermediate_states(golden: Golden) -> None:
 
 
 def test_rows_alone_differ_from_the_batch_and_match_the_vectors(golden: Golden) -> None:
-    name = "b3_t12"
-    alone, batched = run(golden, name, batch="rows"), run(golden, name)
-    np.testing.assert_array_equal(alone.steps.numpy(), golden.arrays[f"{name}.steps_each_row_alone"])
-    close(alone.logits, golden.arrays[f"{name}.logits_each_row_alone"])
-    effect = (alone.logits - batched.logits).abs().amax(dim=(1, 2))
-    close(effect, np.array(golden.facts["notes"]["batch_effect_b3_t12_max_abs"]), 2 * TOLERANCE)
+    for name in cases_with(golden, "logits_each_row_alone"):
+        alone, batched = run(golden, name, batch="rows"), run(golden, name)
+        np.testing.assert_array_equal(alone.steps.numpy(), golden.arrays[f"{name}.steps_each_row_alone"])
+        close(alone.logits, golden.arrays[f"{name}.logits_each_row_alone"])
+        effect = (alone.logits - batched.logits).abs().amax(dim=(1, 2))
+        close(effect, np.array(golden.facts["notes"][f"batch_effect_{name}_max_abs"]), 2 * TOLERANCE)
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@by_prefix
 def test_float64_logits(prefix: str) -> None:
     golden = load(prefix, torch.float64)
-    names = {key.split(".")[0] for key in golden.arrays if key.endswith(".logits_f64")}
-    assert names
-    for name in names:
+    for name in cases_with(golden, "logits_f64"):
         close(run(golden, name).logits, golden.arrays[f"{name}.logits_f64"], 1e-9)
 
 
 def test_left_padding_gives_numbers_and_leaves_full_rows_alone(golden: Golden) -> None:
-    name = "b3_t16_lpad"
-    assert torch.isfinite(run(golden, name).logits).all()
-    # Each row alone: the original's batch-mates stop where they turn into NaN, ours go on and would be felt.
-    out = run(golden, name, batch="rows")
-    (case,) = [c for c in golden.facts["cases"] if c["name"] == name]
-    whole = [row for row, broken in enumerate(case["nan_rows"]) if not broken]
-    close(out.logits[whole], golden.arrays[f"{name}.logits_nan_as_zero"][whole])
+    for name in cases_with(golden, "logits_nan_as_zero"):
+        assert torch.isfinite(run(golden, name).logits).all()
+        # Each row alone: the original's batch-mates stop where they turn into NaN, ours go on and would be felt.
+        out = run(golden, name, batch="rows")
+        (case,) = [c for c in golden.facts["cases"] if c["name"] == name]
+        whole = [row for row, broken in enumerate(case["nan_rows"]) if not broken]
+        close(out.logits[whole], golden.arrays[f"{name}.logits_nan_as_zero"][whole])
 
 
 def test_training_loss(golden: Golden) -> None:
-    name = "train_loss"
-    targets = torch.from_numpy(golden.arrays[f"{name}.targets"])
-    counted = torch.from_numpy(golden.arrays[f"{name}.attention_mask"]).bool()
-    out = run(golden, name, labels=targets.masked_fill(~counted, -100))
-    close(out.lm_loss, golden.arrays[f"{name}.lm_loss"][0], 1e-5)
-    close(out.loss, golden.arrays[f"{name}.total_loss"][0], 1e-5)
+    for name in cases_with(golden, "total_loss"):
+        targets = torch.from_numpy(golden.arrays[f"{name}.targets"])
+        counted = torch.from_numpy(golden.arrays[f"{name}.attention_mask"]).bool()
+        out = run(golden, name, labels=targets.masked_fill(~counted, -100))
+        close(out.lm_loss, golden.arrays[f"{name}.lm_loss"][0], 1e-5)
+        close(out.loss, golden.arrays[f"{name}.total_loss"][0], 1e-5)
 
 
 def test_parameter_count(golden: Golden) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -17,7 +18,9 @@ from rlm_engine.tokenizer.technical import SPECIAL_TOKENS, TechnicalTokenizer, m
 from rlm_engine.tokenizer.technical_training import train_technical
 
 DATA = Path(__file__).parent / "data"
-DIRECTORIES = sorted(p.parent for p in DATA.glob("tokenizer*/golden.json"))
+# Further vectors may lie in directories that the environment variable RLM_GOLDEN_DIRS names.
+ROOTS = [DATA, *map(Path, filter(None, os.environ.get("RLM_GOLDEN_DIRS", "").split(os.pathsep)))]
+DIRECTORIES = [found.parent for root in ROOTS for found in sorted(root.glob("tokenizer*/golden.json"))]
 
 
 def golden(directory: Path) -> dict:  # type: ignore[type-arg]

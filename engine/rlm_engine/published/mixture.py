@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,7 @@ import numpy as np
 from rlm_engine.config import ChatFormat, MixtureConfig
 from rlm_engine.decoding.mixture import sinusoidal_table
 from rlm_engine.errors import ModelError
-
-Shapes = Mapping[str, tuple[int, ...]]
+from rlm_engine.published.names import Fields, Layout, Shapes, Source, build
 
 EOS_TOKEN_ID = 7  # <|endoftext|>
 _TECHNICAL_VOCABULARY = 300  # smaller tables cannot be a trained technical vocabulary: such a model takes ids only
@@ -21,7 +20,7 @@ _SINUSOIDS = "embeddings.pos_encoding.pe"  # a constant some sinusoidal checkpoi
 
 # A person's turn as the published training text has it. <bos> opens every text, so it opens the question here;
 # in a second turn it is repeated, which the published data never show (they are cut at 128 tokens).
-_CHAT = ChatFormat(
+CHAT_FORMAT = ChatFormat(
     prefix={"user": "<bos><user>", "assistant": "<assistant>"},
     suffix={"user": "", "assistant": ""},
     stop=("<|endoftext|>", "<eos>", "<user>"),
@@ -36,49 +35,46 @@ def matches(config: Mapping[str, Any], shapes: Shapes) -> bool:
 def config(data: Mapping[str, Any], shapes: Shapes, where: str) -> MixtureConfig:
     """The configuration of a published checkpoint, every size checked against the tensors' shapes.
 
-    ``data``: config.json's object with the published keys; only n_heads cannot be read off the shapes (default:
-    heads of 64). ModelError naming ``where`` and the tensor when something is missing, extra or contradicts.
+    ``data``: config.json's object with the published keys. What it leaves out is read off the shapes, all but n_heads
+    (default: heads of 64). ModelError naming ``where`` and the tensor when something is missing, extra or contradicts.
     """
     sizes = _sizes(shapes, where)
-    sizes |= {"n_heads": max(1, sizes["d_model"] // 64), "padding_idx": 0}
-    for name in sizes:
-        value = data.get(name, sizes[name])
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ModelError(f"{where}: {name} must be an integer, got {value!r}")
-        sizes[name] = value
+    fields = Fields(data, where)
+    n_heads = fields.integer("n_heads", max(1, sizes["d_model"] // 64))
+    padding_id = fields.integer("padding_idx", 0)
+    dropout = fields.number("dropout", 0.1)
+    sizes = {name: fields.integer(name, size) for name, size in sizes.items()}
     technical = sizes["vocab_size"] >= _TECHNICAL_VOCABULARY
-    try:
-        result = MixtureConfig(
+
+    def make() -> MixtureConfig:
+        return MixtureConfig(
             vocab_size=sizes["vocab_size"],
             d_model=sizes["d_model"],
-            n_heads=sizes["n_heads"],
+            n_heads=n_heads,
             eos_token_id=EOS_TOKEN_ID,
             context_length=sizes["max_seq_len"],
             tokenizer="technical" if technical else "none",
-            chat_format=_CHAT if technical else None,
-            provenance={"design": "mor"},
+            chat_format=CHAT_FORMAT if technical else None,
+            provenance={"published_as": "mor"},
             n_layers=sizes["n_layers"],
             ffn=sizes["dim_feedforward"],
             max_steps=sizes["max_steps"],
-            padding_id=sizes["padding_idx"],
+            padding_id=padding_id,
             router=data.get("router_type", "adaptive"),
             positions="learned" if _POSITIONS in shapes else "sinusoidal",
-            dropout=data.get("dropout", 0.1),
+            dropout=dropout,
         )
-    except ModelError as error:
-        raise ModelError(f"{where}: {str(error).removeprefix('config: ')}") from None
-    _check(result, shapes, f"{where}: ")
+
+    result = build(make, where)
+    assert isinstance(result, MixtureConfig)
+    _layout(result, shapes).check(shapes, where)
     return result
 
 
 def tensors(config: MixtureConfig, published: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors under our own names; ModelError naming the tensor when one is missing, extra or misshaped."""
-    _check(config, {name: tensor.shape for name, tensor in published.items()}, "")
-    if _SINUSOIDS in published:
-        table = np.asarray(published[_SINUSOIDS]).reshape(-1, config.d_model)[: config.context_length]
-        if not np.allclose(table, sinusoidal_table(np.arange(len(table)), config.d_model), atol=1e-4):
-            raise ModelError(f"tensor '{_SINUSOIDS}' does not hold the usual sinusoidal positions")
-    return {ours: published[theirs] for theirs, (ours, _) in _names(config).items()}
+    shapes = {name: tensor.shape for name, tensor in published.items()}
+    return _layout(config, shapes).convert(published, "published weights")
 
 
 def _sizes(shapes: Shapes, where: str) -> dict[str, int]:
@@ -110,33 +106,21 @@ def _sizes(shapes: Shapes, where: str) -> dict[str, int]:
     return sizes
 
 
-def _check(config: MixtureConfig, shapes: Shapes, prefix: str) -> None:
-    expected = _names(config)
-    for name, (_, size) in expected.items():
-        if name not in shapes:
-            raise ModelError(f"{prefix}tensor '{name}' is missing")
-        if tuple(shapes[name]) != size:
-            raise ModelError(f"{prefix}tensor '{name}' is {list(shapes[name])}, config says {list(size)}")
-    for name in shapes:
-        fixed_router = config.router == "fixed" and ".router." in name  # never read: nothing is lost with them
-        sinusoids = config.positions == "sinusoidal" and name == _SINUSOIDS
-        if name not in expected and not fixed_router and not sinusoids:
-            raise ModelError(f"{prefix}tensor '{name}' does not belong to this model")
-
-
-def _names(config: MixtureConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Published name -> our name and shape."""
+def _layout(config: MixtureConfig, shapes: Shapes) -> Layout:
+    """Where our tensors come from; what a fixed router or constant positions leave unread may be there too."""
     d, ffn = config.d_model, config.ffn
-    names: dict[str, tuple[str, tuple[int, ...]]] = {
-        _TOKENS: ("embedding.weight", (config.vocab_size, d)),
-        "embeddings.layer_norm.weight": ("norm_in.weight", (d,)),
-        "embeddings.layer_norm.bias": ("norm_in.bias", (d,)),
-        "final_norm.weight": ("norm_out.weight", (d,)),
-        "final_norm.bias": ("norm_out.bias", (d,)),
-        "lm_head.weight": ("head.weight", (config.vocab_size, d)),
-    }
+    sources: dict[str, Source] = {}
+
+    def add(ours: str, theirs: str, *shape: int) -> None:
+        sources[ours] = Source((theirs,), shape)
+
+    add("embedding.weight", _TOKENS, config.vocab_size, d)
     if config.positions == "learned":
-        names[_POSITIONS] = ("positions.weight", (config.context_length, d))
+        add("positions.weight", _POSITIONS, config.context_length, d)
+    for kind in ("weight", "bias"):
+        add(f"norm_in.{kind}", f"embeddings.layer_norm.{kind}", d)
+        add(f"norm_out.{kind}", f"final_norm.{kind}", d)
+    add("head.weight", "lm_head.weight", config.vocab_size, d)
     parts = {
         "attention.w_o": ("wo", d, d),
         "feedforward.linear1": ("w_up", ffn, d),
@@ -147,13 +131,27 @@ def _names(config: MixtureConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
         parts["router.complexity_classifier.0"] = ("router_in", d // 4, d)
         parts["router.complexity_classifier.3"] = ("router_out", config.max_steps + 1, d // 4)
     for layer in range(config.n_layers):
-        theirs, ours = f"layers.{layer}.", f"layers.{layer}."
+        here = f"layers.{layer}."
         for letter in "qkv":
-            names[f"{theirs}attention.w_{letter}.weight"] = (f"{ours}w{letter}.weight", (d, d))
+            add(f"{here}w{letter}.weight", f"{here}attention.w_{letter}.weight", d, d)
         for part, (name, rows, columns) in parts.items():
-            names[f"{theirs}{part}.weight"] = (f"{ours}{name}.weight", (rows, columns))
-            names[f"{theirs}{part}.bias"] = (f"{ours}{name}.bias", (rows,))
-        for part, name in (("norm1", "norm_attention"), ("norm2", "norm_ffn")):
-            for kind in ("weight", "bias"):
-                names[f"{theirs}{part}.{kind}"] = (f"{ours}{name}.{kind}", (d,))
-    return names
+            add(f"{here}{name}.weight", f"{here}{part}.weight", rows, columns)
+            add(f"{here}{name}.bias", f"{here}{part}.bias", rows)
+        for kind in ("weight", "bias"):
+            add(f"{here}norm_attention.{kind}", f"{here}norm1.{kind}", d)
+            add(f"{here}norm_ffn.{kind}", f"{here}norm2.{kind}", d)
+    dropped: dict[str, tuple[tuple[int, ...], Callable[[np.ndarray], str | None]]] = {}
+    for name, shape in shapes.items():
+        if config.router == "fixed" and ".router." in name:
+            dropped[name] = (tuple(shape), lambda _: None)
+        if config.positions == "sinusoidal" and name == _SINUSOIDS:
+            dropped[name] = (tuple(shape), lambda values: _wrong_sinusoids(values, config))
+    return Layout(sources, dropped)
+
+
+def _wrong_sinusoids(values: np.ndarray, config: MixtureConfig) -> str | None:
+    if values.shape[-1] == config.d_model:
+        table = values.reshape(-1, config.d_model)[: config.context_length]
+        if np.allclose(table, sinusoidal_table(np.arange(len(table)), config.d_model), atol=1e-4):
+            return None
+    return "does not hold the usual sinusoidal positions"
