@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from rlm_engine.decoding.interface import Depth
-from tiny_models import VOCABULARY, WINDOW, CountingBackend, decoder_of, dense_last, tiny_model
+from tiny_routers import VOCABULARY, WINDOW, CountingBackend, decoder_of, dense_last, tiny_model
 
 IDS = np.random.default_rng(5).integers(0, VOCABULARY, WINDOW + 4).tolist()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlm_engine.decoding import trunk
 from rlm_engine.decoding.interface import Depth
 from rlm_engine.errors import InputError, ModelError, UsageError
-from tiny_models import (
+from tiny_routers import (
     DESIGNS,
     PAD,
     VOCABULARY,

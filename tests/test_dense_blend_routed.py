@@ -13,7 +13,7 @@ from rlm_engine.config import BlendConfig, RoutedConfig
 from rlm_engine.models.blend import BlendModel
 from rlm_engine.models.encoder import PreNormBlock
 from rlm_engine.models.routed import RoutedModel
-from tiny_models import DESIGNS, PAD, VOCABULARY, config_of, tiny_model
+from tiny_routers import DESIGNS, PAD, VOCABULARY, config_of, tiny_model
 
 FULL: dict[str, Any] = {
     "48m": BlendConfig(vocab_size=50257, d_model=512, n_heads=8, eos_token_id=50256, context_length=256),
