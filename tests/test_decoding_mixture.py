@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlm_engine.backends.torch import TorchBackend
 from rlm_engine.config import MixtureConfig
+from rlm_engine.decoding import mixture
 from rlm_engine.decoding.interface import Depth
 from rlm_engine.decoding.mixture import MixtureDecoder
 from rlm_engine.errors import InputError, ModelError, UsageError
@@ -212,6 +213,16 @@ def test_path_cache_stays_within_its_bound(bound: int) -> None:
         decode.feed([[token]])
         assert decode.cached_bytes <= max(bound, path_at_most)
     assert decode.cached_bytes > 0
+
+
+def test_caches_grow_without_losing_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixture, "_FIRST_CAPACITY", 2)
+    model = tiny(seed=1)
+    decode = decoder(model)
+    text = np.random.default_rng(3).integers(0, VOCABULARY, WINDOW).tolist()
+    for n, token in enumerate(text, start=1):
+        same(model, decode.feed([[token]]).logits[0], forward(model, text[:n])[0])
+    assert {node.capacity for node in decode._nodes.values()} <= {2, 4, 8, 16}
 
 
 def test_a_new_depth_budget_applies_from_the_next_token_on() -> None:

@@ -32,7 +32,7 @@ DIRECTORIES = [
 
 def is_mixture(prefix: str) -> bool:
     with safe_open(f"{prefix}_weights.safetensors", "np") as file:
-        return published.matches({}, {name: () for name in file.keys()})  # noqa: SIM118
+        return published.matches({}, dict.fromkeys(file.keys(), ()))
 
 
 PREFIXES = [
