@@ -181,9 +181,22 @@ def read_model_directory(directory: Path) -> tuple[ModelConfig, dict[str, np.nda
     Raises ModelError naming file, tensor, found and expected shape; sizes are compared before anything is allocated.
     """
     data = read_config(directory)
-    weights = TensorFile(directory / "model.safetensors")
     if "architecture" not in data:
-        return _read_published(directory, data, weights)
+        return _read_published(directory, data, TensorFile(directory / "model.safetensors"))
+    config, files = _open(directory, data)
+    _compare(files, expected_shapes(config), directory)
+    return config, {name: file.read(name) for name, file in files.items()}
+
+
+def read_header(directory: Path) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
+    """Configuration and tensor shapes of a directory in our own layout, without reading weights or needing torch."""
+    config, files = _open(directory, read_config(directory))
+    return config, {name: file.shapes[name] for name, file in files.items()}
+
+
+def _open(directory: Path, data: dict[str, Any]) -> tuple[ModelConfig, dict[str, TensorFile]]:
+    """The configuration, and which file holds each tensor."""
+    weights = TensorFile(directory / "model.safetensors")
     data = dict(data)
     shared = data.pop("shared_with", None)
     config = config_from_dict(data, str(directory / "config.json"))
@@ -193,8 +206,7 @@ def read_model_directory(directory: Path) -> tuple[ModelConfig, dict[str, np.nda
             raise ModelError(f"{directory / 'config.json'}: shared_with must be the name of a sibling directory")
         sibling = TensorFile(directory.parent / shared / "model.safetensors")
         files = {name: sibling for name in sibling.shapes} | files
-    _compare(files, expected_shapes(config), directory)
-    return config, {name: file.read(name) for name, file in files.items()}
+    return config, files
 
 
 def _compare(files: Mapping[str, TensorFile], expected: dict[str, tuple[int, ...]], directory: Path) -> None:
@@ -206,7 +218,9 @@ def _compare(files: Mapping[str, TensorFile], expected: dict[str, tuple[int, ...
         if found != shape:
             raise ModelError(f"{path}: tensor {name!r} is {list(found)}, config says {list(shape)}")
         if files[name].dtypes[name] not in ("F64", "F32", "F16", "BF16"):
-            raise ModelError(f"{path}: tensor {name!r} has dtype {files[name].dtypes[name]}; weights must be floating point")
+            raise ModelError(
+                f"{path}: tensor {name!r} has dtype {files[name].dtypes[name]}; weights must be floating point"
+            )
     extra = sorted(set(files) - set(expected))
     if extra:
         raise ModelError(f"{path}: tensor {extra[0]!r} does not belong to this model")

@@ -57,7 +57,5 @@ class Token:
             "depth": round(self.depth, 4),
             "steps": list(self.trace.steps),
             "halting": [round(p, 6) for p in self.halting],
-            "alternatives": [
-                {"id": a.id, "text": a.text, "logprob": round(a.logprob, 6)} for a in self.alternatives
-            ],
+            "alternatives": [{"id": a.id, "text": a.text, "logprob": round(a.logprob, 6)} for a in self.alternatives],
         }

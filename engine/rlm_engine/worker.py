@@ -6,7 +6,8 @@ Requests
     ``{"type": "load", "model": NAME_OR_DIRECTORY, "backend": "auto", "device": "auto"}``
         Load a model; the one held before is freed first. Answered by ``loading``, then ``ready`` or ``error``.
     ``{"type": "chat", "id": N, "messages": [{"role", "content"}, ...], "sampling": {...}, "depth": {...}}``
-        Write the assistant's next turn. ``sampling`` and ``depth`` hold fields of `Sampling` and `Depth`.
+        Write the assistant's next turn. ``sampling`` and ``depth`` hold fields of `Sampling` and `Depth`; an
+        optional ``"alternatives": K`` asks for other candidates with each token (5 at most).
         Answered by ``tokens`` lines, then ``done`` or ``error`` with the same id. Ids rise from request to request.
     ``{"type": "generate", "id": N, "text": TEXT, "sampling": {...}, "depth": {...}}``
         Continue a text; answered like ``chat``.
@@ -206,10 +207,13 @@ class _Runner:
         sampling = _settings(Sampling, request.get("sampling") or {})
         self._next_depth = None
         depth = _settings(Depth, request.get("depth") or {})
-        if request["type"] == "chat":
-            stream = self._model.chat(request["messages"], sampling, depth)
-        else:
-            stream = self._model.generate(request["text"], sampling, depth)
+        wanted = min(ALTERNATIVES, int(request.get("alternatives", 0)))
+        ask, prompt = (
+            (self._model.chat, request["messages"])
+            if request["type"] == "chat"
+            else (self._model.generate, request["text"])
+        )
+        stream = ask(prompt, sampling, depth, alternatives=wanted)
         started = time.perf_counter()
         first: float | None = None
         count, depths, cancelled = 0, 0.0, False

@@ -99,8 +99,11 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     elif shipped.is_file():
         text = shipped.read_text(encoding="utf-8")
     else:
-        known = sorted(p.name.removesuffix(".toml") for p in (resources.files("rlm_training") / "recipes").iterdir()
-                       if p.name.endswith(".toml"))
+        known = sorted(
+            p.name.removesuffix(".toml")
+            for p in (resources.files("rlm_training") / "recipes").iterdir()
+            if p.name.endswith(".toml")
+        )
         raise UsageError(f"unknown recipe {name!r}; shipped recipes are {', '.join(known)}, or give a .toml file")
     try:
         data = tomllib.loads(text)
@@ -125,7 +128,10 @@ def _override(data: dict[str, Any], text: str) -> None:
 
 def _recipe(data: dict[str, Any], where: str) -> Recipe:
     sections: dict[str, Any] = {
-        "data": DataConfig, "train": TrainConfig, "optim": OptimConfig, "schedule": ScheduleConfig,
+        "data": DataConfig,
+        "train": TrainConfig,
+        "optim": OptimConfig,
+        "schedule": ScheduleConfig,
         "ponder": PonderConfig,
     }
     unknown = sorted(set(data) - set(sections) - {"model", "name", "stage"})

@@ -59,9 +59,7 @@ def _model(recipe: Recipe) -> ActModel:
     return model
 
 
-def _pretrain(
-    recipe: Recipe, model: ActModel, sources: dict[str, Source], folder: Path, report: Any
-) -> Trainer:
+def _pretrain(recipe: Recipe, model: ActModel, sources: dict[str, Source], folder: Path, report: Any) -> Trainer:
     train = recipe.train
     steps = max(1, train.tokens // (train.rows * train.sequence))
     needed = max(recipe.data.stream_tokens, train.tokens) + train.rows * (train.sequence + 1)

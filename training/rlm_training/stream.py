@@ -32,15 +32,15 @@ class MixedStream:
     def __init__(self, sources: dict[str, Source], weights: dict[str, float], tokens: int, rows: int, seed: int):
         missing = sorted(set(weights) - set(sources))
         if missing:
-            raise UsageError(f"source {missing[0]!r} is not in the prepared data; it holds {', '.join(sorted(sources))}")
+            raise UsageError(
+                f"source {missing[0]!r} is not in the prepared data; it holds {', '.join(sorted(sources))}"
+            )
         if not weights or any(w <= 0 for w in weights.values()):
             raise UsageError("every source needs a weight above 0")
         self._sources = [sources[name] for name in weights]
         share = np.asarray(list(weights.values()), dtype=np.float64)
         share /= share.sum()
-        units = [
-            self._draw(number, int(np.ceil(part * tokens)), seed) for number, part in enumerate(share)
-        ]
+        units = [self._draw(number, int(np.ceil(part * tokens)), seed) for number, part in enumerate(share)]
         order = np.concatenate(units)
         np.random.default_rng([seed, 1]).shuffle(order, axis=0)
         self._units = order  # int64 [units, 3]: source, start, stop
@@ -116,7 +116,9 @@ class PackedConversations:
     ):
         missing = sorted(set(repeats) - set(sources))
         if missing:
-            raise UsageError(f"source {missing[0]!r} is not in the prepared data; it holds {', '.join(sorted(sources))}")
+            raise UsageError(
+                f"source {missing[0]!r} is not in the prepared data; it holds {', '.join(sorted(sources))}"
+            )
         self._sources = [sources[name] for name in repeats]
         for source in self._sources:
             if source.mask is None:

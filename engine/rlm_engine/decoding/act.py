@@ -9,8 +9,10 @@ import numpy as np
 from rlm_engine.config import ActConfig
 from rlm_engine.decoding.halting import HaltingState, advance
 from rlm_engine.decoding.interface import Array, Backend, Depth, Placement, Result
+from rlm_engine.decoding.reporting import Report
 from rlm_engine.decoding.rotary import rotary_tables
-from rlm_engine.errors import ModelError
+from rlm_engine.decoding.trunk import CACHE_LIMIT_BYTES, CHUNK
+from rlm_engine.errors import ModelError, UsageError
 from rlm_engine.trace import TokenTrace
 
 
@@ -36,6 +38,12 @@ class ActDecoder:
         window = config.context_length
         # room to move the window only every so often: moving costs a copy of the whole cache
         self._capacity = max(capacity or 0, window + max(64, window // 4))
+        size = 2 * 4 * config.max_steps * rows * self._capacity * config.d_model  # at least: single precision
+        if size > CACHE_LIMIT_BYTES:
+            raise ModelError(
+                f"a context of {window} tokens needs {size / 2**30:.1f} GiB of key/value cache, more than the "
+                f"{CACHE_LIMIT_BYTES / 2**30:.0f} GiB allowed; lower context_length in config.json"
+            )
         self._caches = [
             backend.new_cache(rows, config.n_heads, self._capacity, config.head_dim) for _ in range(config.max_steps)
         ]
@@ -46,22 +54,19 @@ class ActDecoder:
         """Append tokens to each row; see `Decoder.feed`."""
         waiting = [np.asarray(row, dtype=np.int64) for row in tokens]
         if len(waiting) != self.rows:
-            raise ValueError(f"expected tokens for {self.rows} rows, got {len(waiting)}")
-        logits: list[list[np.ndarray]] = [[] for _ in waiting]
-        traces: list[list[TokenTrace]] = [[] for _ in waiting]
+            raise UsageError(f"tokens for {len(waiting)} rows were given to a decoder of {self.rows}")
+        collected = Report(report)
         while any(len(row) for row in waiting):
-            parts = [row[: self._make_room(r, len(row))] for r, row in enumerate(waiting)]
+            parts = [row[: self._make_room(r, min(len(row), CHUNK))] for r, row in enumerate(waiting)]
             waiting = [row[len(part) :] for row, part in zip(waiting, parts, strict=True)]
-            reported = [
-                np.arange(len(part)) if report == "all" else np.arange(len(part))[-1:] if not len(rest) else part[:0]
+            wanted = [
+                np.arange(len(part))
+                if collected.everything
+                else np.arange(len(part))[len(part) - 1 + bool(len(rest)) :]
                 for part, rest in zip(parts, waiting, strict=True)
             ]
-            self._run(parts, reported, logits, traces)
-        return Result(
-            logits=np.concatenate([part for row in logits for part in row]),
-            traces=[trace for row in traces for trace in row],
-            rows=np.repeat(np.arange(self.rows), [len(row) for row in traces]),
-        )
+            self._run(parts, wanted, collected)
+        return collected.result(self.config.vocab_size)
 
     def truncate(self, row: int, length: int) -> bool:
         """Forget the row's tokens from `length` on; False when tokens it would see again have left the cache."""
@@ -99,28 +104,16 @@ class ActDecoder:
         first = np.maximum(0, slots - (self.config.context_length - 1))
         return positions, Placement(rows, slots, first)
 
-    def _run(
-        self,
-        parts: list[np.ndarray],
-        reported: list[np.ndarray],
-        logits: list[list[np.ndarray]],
-        traces: list[list[TokenTrace]],
-    ) -> None:
-        """Run one chunk of every row through the recurrences and append what is reported."""
+    def _run(self, parts: list[np.ndarray], wanted: list[np.ndarray], collected: Report) -> None:
+        """Run one chunk of every row through the recurrences; report the tokens at `wanted` of each part."""
         positions, where = self._place(parts)
         total, halting = self._recur(np.concatenate(parts), positions, where)
         starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
-        chosen = np.concatenate([start + index for start, index in zip(starts, reported, strict=True)]).astype(np.int64)
+        chosen = np.concatenate([start + index for start, index in zip(starts, wanted, strict=True)])
         if len(chosen):
             (out,) = self.backend.run("head", total if len(chosen) == len(where) else total[chosen])
-            values = self.backend.numpy(out)
-            if not np.isfinite(values).all():
-                raise ModelError("the model computed NaN or infinity; its weights are damaged")
-            for value, index in zip(values, chosen, strict=True):
-                row = int(where.rows[index])
-                logits[row].append(value[None])
-                steps = len(halting[index])
-                traces[row].append(TokenTrace(float(steps), (steps,), tuple(halting[index])))
+            traces = [TokenTrace(float(len(halting[i])), (len(halting[i]),), tuple(halting[i])) for i in chosen]
+            collected.add(where.rows[chosen], self.backend.numpy(out), traces)
         for row, part in enumerate(parts):
             self._lengths[row] += len(part)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rlm_engine.config import ActConfig, BlendConfig, ModelConfig, RoutedConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def build_model(config: ModelConfig) -> Any:
@@ -24,3 +28,16 @@ def build_model(config: ModelConfig) -> Any:
     from rlm_engine.models.mixture import MixtureModel
 
     return MixtureModel(config)
+
+
+def module_from(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Any:
+    """The module with these weights, which it shares rather than copies; evaluation mode."""
+    import torch
+
+    with torch.device("meta"):
+        module = build_model(config)
+    if any(buffer.is_meta for buffer in module.buffers()):  # tables that no checkpoint holds
+        module = build_model(config)
+    double = any(values.dtype.itemsize == 8 for values in tensors.values())
+    module.load_state_dict({name: torch.from_numpy(values) for name, values in tensors.items()}, assign=True)
+    return module.to(torch.float64 if double else torch.float32).requires_grad_(False).eval()

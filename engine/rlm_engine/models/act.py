@@ -50,9 +50,7 @@ class ActBlock(nn.Module):
         k = rotate(rms_norm(self._heads(self.wk(u)), eps=self.norm_eps), cos, sin)
         return k, self._heads(self.wv(u))
 
-    def forward(
-        self, state: Tensor, attend: Attend, initial: Tensor, step: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
+    def forward(self, state: Tensor, attend: Attend, initial: Tensor, step: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """One recurrence: state, initial [..., tokens, d]; step: the recurrence's embedding [d]. Returns s'."""
         eps = self.norm_eps
         u = rms_norm(state, self.gain_attn_in, eps)
@@ -282,9 +280,7 @@ class ActModel(nn.Module):
         return self.block.key_value(u, cos, sin)
 
     @staticmethod
-    def _remember(
-        kept: list[tuple[Tensor, Tensor]], memory: ActMemory | None, keep: int, start: int
-    ) -> ActMemory:
+    def _remember(kept: list[tuple[Tensor, Tensor]], memory: ActMemory | None, keep: int, start: int) -> ActMemory:
         keys = [k for k, _ in kept]
         values = [v for _, v in kept]
         if memory is not None:

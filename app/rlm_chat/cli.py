@@ -1,0 +1,161 @@
+"""The command line. Nothing heavy is imported here: `rlm-chat --version` needs neither numpy nor Textual."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlm_engine.errors import EngineError
+from rlm_engine.version import __version__
+
+EXIT_CODES = """exit codes: 0 fine; 1 unexpected error; 2 wrong usage; 3 model cannot be loaded;
+4 input refused (empty, too long, not text); 130 interrupted; 141 the reader of the output went away"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `rlm-chat`; returns the exit code. Errors made for people are one line on standard error."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
+    except EngineError as error:
+        if options.debug:
+            raise
+        print(f"rlm-chat: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nrlm-chat: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _silence_stdout()
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    except OSError as error:
+        if options.debug:
+            raise
+        _silence_stdout()
+        print(f"rlm-chat: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"rlm-chat: unexpected {type(error).__name__}: {error}; --debug shows where", file=sys.stderr)
+        return 1
+
+
+def _silence_stdout() -> None:
+    """The interpreter flushes standard output once more at its end; that must not fail a second time."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _common_options()
+    parser = argparse.ArgumentParser(
+        prog="rlm-chat",
+        description="Chat with a small recursive language model on your own machine, and watch it think. "
+        "Without a command the chat screen opens.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"rlm-chat {__version__}")
+    parser.set_defaults(run=_tui)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    chat = commands.add_parser("chat", parents=[common], help="one reply to a prompt, or a plain conversation")
+    chat.add_argument("prompt", nargs="?", help="what to say; standard input is read when it is piped")
+    chat.add_argument("--system", help="a system message put before the conversation")
+    chat.set_defaults(run=_run("chat"))
+
+    complete = commands.add_parser("complete", parents=[common], help="continue a text with the base model")
+    complete.add_argument("text", nargs="?", help="the beginning; standard input is read when it is piped")
+    complete.set_defaults(run=_run("complete"))
+
+    score = commands.add_parser("score", parents=[common], help="how likely the model finds a text, and its depths")
+    score.add_argument("file", help="a text file, or - for standard input")
+    score.set_defaults(run=_run("score"))
+
+    models = commands.add_parser("models", parents=[_output_options()], help="the models that came with the program")
+    models.set_defaults(run=_run("models"))
+
+    convert = commands.add_parser(
+        "convert", parents=[_output_options()], help="turn a published checkpoint into a model directory"
+    )
+    convert.add_argument("source", type=Path, help="a .pt file of mor, or a published model directory")
+    convert.add_argument("target", type=Path, help="the model directory to write; must not exist")
+    convert.add_argument("--tokenizer", type=Path, help="directory with vocab.json and merges.txt, or tokenizer.json")
+    convert.add_argument("--heads", type=int, help="attention heads, when the checkpoint does not tell")
+    convert.set_defaults(run=_run("convert"))
+    return parser
+
+
+def _output_options() -> argparse.ArgumentParser:
+    # SUPPRESS: the options may stand before or after the command without one resetting the other
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    options.add_argument("--json", action="store_true", help="JSON Lines: one object per token, then a summary")
+    options.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return options
+
+
+def _common_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[_output_options()])
+    model = options.add_argument_group("model")
+    model.add_argument("--model", metavar="NAME", help="a bundled model or a model directory")
+    model.add_argument("--backend", choices=("auto", "torch"), help="what computes (default auto)")
+    model.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where (default auto)")
+    sampling = options.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest (default 0.8)")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0 is off (default)")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="only the likeliest that sum to P (default 0.95)")
+    sampling.add_argument("--min-p", type=float, metavar="P", help="only those at least P times the likeliest")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 repeats less (default 1)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same reply")
+    sampling.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="length of the reply at most (default 256)")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    depth = options.add_argument_group("depth")
+    depth.add_argument("--max-depth", type=int, metavar="N", help="at most N recurrences per token")
+    depth.add_argument("--halt-threshold", type=float, metavar="P", help="halt when the halting probability sums to P")
+    return options
+
+
+def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    for name in ("json", "debug", "greedy"):
+        setattr(options, name, getattr(options, name, False))
+    return options
+
+
+def _run(name: str):  # type: ignore[no-untyped-def]
+    """A command of `oneshot`, imported only when it runs."""
+
+    def run(options: argparse.Namespace) -> int:
+        from rlm_chat import oneshot
+
+        return int(getattr(oneshot, name)(_with_defaults(options)))
+
+    return run
+
+
+def _tui(options: argparse.Namespace) -> int:
+    from rlm_engine.errors import UsageError
+
+    _with_defaults(options)
+    if options.json:
+        raise UsageError("--json belongs to chat, complete, score and models")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("the chat screen needs a terminal; use `rlm-chat chat` or `rlm-chat complete` in a pipe")
+    from rlm_chat.oneshot import depth_fields, sampling_fields
+    from rlm_chat.tui import run_tui
+
+    return run_tui(
+        getattr(options, "model", None),
+        sampling_fields(options),
+        depth_fields(options),
+        getattr(options, "backend", None),
+        getattr(options, "device", None),
+    )

@@ -1,0 +1,443 @@
+"""The model as a program uses it: load, generate, chat, score."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlm_engine.chat import fit_conversation, stop_ids_and_texts
+from rlm_engine.config import ActConfig, BlendConfig, MixtureConfig, ModelConfig, RoutedConfig
+from rlm_engine.decoding.interface import Backend, Decoder, Depth
+from rlm_engine.detokenize import StreamDecoder
+from rlm_engine.errors import InputError, ModelError, UsageError
+from rlm_engine.sampling import Sampler, Sampling, log_softmax, top_alternatives
+from rlm_engine.stopping import StopStrings
+from rlm_engine.tokenizer import Tokenizer, load_tokenizer
+from rlm_engine.trace import Alternative, Token, TokenTrace
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SCORE_CHUNK = 256  # tokens whose logits are held at once
+BUNDLED = Path(__file__).parent / "assets" / "models"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a generation went.
+
+    ``stop_reason``: "end_of_turn" (the model ended by itself), "stop_string", "max_tokens" or "cancelled".
+    ``dropped_tokens``: tokens of the conversation the model no longer saw at the end, whether whole messages were left
+    out beforehand or the window moved on.
+    """
+
+    stop_reason: str
+    prompt_tokens: int
+    new_tokens: int
+    dropped_tokens: int
+    prefill_s: float
+    decode_s: float
+    mean_depth: float
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Teacher-forced scores of a text: logprobs[i] (nats) and depths[i] belong to predicting ids[i + 1]."""
+
+    ids: list[int]
+    logprobs: list[float]
+    depths: list[float]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability; NaN for a text of one token."""
+        return float(np.exp(-np.mean(self.logprobs))) if self.logprobs else float("nan")
+
+
+@dataclass(frozen=True)
+class LensStep:
+    """What the model would answer if the last token were given at most ``depth`` recurrences."""
+
+    depth: int
+    halting: float | None
+    top: tuple[Alternative, ...]
+
+
+class Generation:
+    """The tokens of one reply, one by one; `summary` is complete once it has ended.
+
+    `depth` may be set while it runs and applies from the next token on. Closing it early counts as "cancelled".
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        ids: list[int],
+        sampling: Sampling,
+        depth: Depth,
+        stop_ids: frozenset[int],
+        stops: tuple[str, ...],
+        alternatives: int,
+        dropped: int,
+    ):
+        self._decoder = model.new_decoder(depth)
+        self._model, self._ids, self._sampling = model, ids, sampling
+        self._stop_ids, self._alternatives, self._left_out = stop_ids, alternatives, dropped
+        self._sampler = Sampler(sampling)
+        self._stops = StopStrings((*stops, *sampling.stop))
+        self._reason, self._new, self._depths = "cancelled", 0, 0.0
+        self._prefill_s = self._decode_s = 0.0
+        self._tokens = self._run()
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._tokens.close()
+
+    @property
+    def depth(self) -> Depth:
+        """The depth budget of the tokens to come."""
+        return self._decoder.depth
+
+    @depth.setter
+    def depth(self, depth: Depth) -> None:
+        self._decoder.depth = depth
+
+    @property
+    def summary(self) -> Summary:
+        """How it went so far."""
+        return Summary(
+            stop_reason=self._reason,
+            prompt_tokens=len(self._ids),
+            new_tokens=self._new,
+            dropped_tokens=self._left_out + self._decoder.dropped(0),
+            prefill_s=self._prefill_s,
+            decode_s=self._decode_s,
+            mean_depth=self._depths / self._new if self._new else 0.0,
+            seed=None if self._sampling.is_greedy else self._sampler.seed,
+        )
+
+    def _run(self) -> Iterator[Token]:
+        """Every token is yielded as soon as its text is certain; one whose text is held back waits for the next."""
+        if self._sampling.max_tokens == 0:
+            self._reason = "max_tokens"
+            return
+        texts = StreamDecoder(self._model.tokenizer) if self._model.tokenizer is not None else None
+        waiting: list[Token] = []
+        for token in self._choose():
+            text, hit = self._stops.push(texts.push(token.id) if texts else f"{token.id} ")
+            if hit:
+                self._reason = "stop_string"
+                if text or not waiting:
+                    waiting.append(replace(token, text=text))
+                break
+            if text:
+                yield from waiting
+                waiting = []
+                yield replace(token, text=text)
+            else:
+                waiting.append(token)
+        if not self._stops.hit:
+            text, hit = self._stops.push(texts.flush() if texts else "")
+            text += self._stops.flush()
+            if hit or self._stops.hit:
+                self._reason = "stop_string"
+            if waiting and text:
+                waiting[-1] = replace(waiting[-1], text=text)
+        yield from waiting
+
+    def _choose(self) -> Iterator[Token]:
+        """Prefill, then decode: tokens with empty text."""
+        limit, history = self._sampling.max_tokens, list(self._ids)
+        started = time.perf_counter()
+        result = self._decoder.feed([self._ids])
+        self._prefill_s = time.perf_counter() - started
+        while True:
+            started = time.perf_counter()
+            logits, trace = result.logits[0], result.traces[0]
+            chosen = self._sampler.choose(logits, history)
+            if chosen in self._stop_ids:
+                self._reason = "end_of_turn"
+                return
+            token = self._token(chosen, logits, trace)
+            self._new += 1
+            self._depths += token.depth
+            if self._new == limit:
+                self._reason = "max_tokens"
+            self._decode_s += time.perf_counter() - started
+            yield token
+            if self._new == limit:
+                return
+            started = time.perf_counter()
+            history.append(chosen)
+            result = self._decoder.feed([[chosen]])
+            self._decode_s += time.perf_counter() - started
+
+    def _token(self, chosen: int, logits: np.ndarray, trace: TokenTrace) -> Token:
+        logprob = float(log_softmax(logits)[chosen])
+        alternatives = self._model.alternatives(logits, self._alternatives) if self._alternatives else ()
+        return Token(chosen, "", logprob, trace.depth, trace.halting, alternatives, trace)
+
+
+class Model:
+    """A loaded model. Get one from `load_model`."""
+
+    def __init__(self, name: str, config: ModelConfig, backend: Backend, tokenizer: Tokenizer | None, parameters: int):
+        self.name, self.config, self.backend, self.tokenizer = name, config, backend, tokenizer
+        self.parameters = parameters
+        self.window = "exact"  # past the context window, for the published designs: see `decoding.sequences`
+
+    @property
+    def backend_name(self) -> str:
+        """ "torch" or "onnx"."""
+        return self.backend.name
+
+    @property
+    def max_depth(self) -> int:
+        """The most recurrences or passes a token can take."""
+        return max(self.config.steps) if isinstance(self.config, RoutedConfig) else self.config.max_steps
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether the model was trained on a chat format."""
+        return self.config.chat_format is not None and self.tokenizer is not None
+
+    def new_decoder(self, depth: Depth | None = None, rows: int = 1) -> Decoder:
+        """A fresh decoder of this model's architecture."""
+        config = self.config
+        if isinstance(config, ActConfig):
+            from rlm_engine.decoding.act import ActDecoder
+
+            return ActDecoder(self.backend, config, depth, rows)
+        if isinstance(config, BlendConfig):
+            from rlm_engine.decoding.blend import BlendDecoder
+
+            return BlendDecoder(self.backend, config, depth, rows, window=self.window)
+        if isinstance(config, RoutedConfig):
+            from rlm_engine.decoding.routed import RoutedDecoder
+
+            return RoutedDecoder(self.backend, config, depth, rows, window=self.window)
+        from rlm_engine.decoding.mixture import MixtureDecoder
+
+        return MixtureDecoder(self.backend, config, depth, rows, window=self.window)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        depth: Depth | None = None,
+        *,
+        alternatives: int = 0,
+    ) -> Generation:
+        """Continue a text or token ids. ``alternatives``: how many other candidates each token reports.
+
+        Raises InputError when the prompt is empty, longer than the context, or not encodable; UsageError when
+        stop strings are asked of a model without tokenizer.
+        """
+        ids = self.encode(prompt)
+        self._check_length(ids)
+        return self._generation(ids, sampling, depth, frozenset({self.config.eos_token_id}), (), alternatives, 0)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        sampling: Sampling | None = None,
+        depth: Depth | None = None,
+        *,
+        alternatives: int = 0,
+    ) -> Generation:
+        """Write the assistant's next turn; ends with the turn.
+
+        When the conversation is longer than the context the oldest exchanges are left out (`Summary.dropped_tokens`).
+        Raises ModelError when the model has no chat format, InputError when the newest message alone does not fit.
+        """
+        chat_format, tokenizer = self.config.chat_format, self.tokenizer
+        if chat_format is None or tokenizer is None:
+            raise ModelError(f"model {self.name!r} has no chat format; it can continue text (`rlm-chat complete`)")
+        # leave the reply some room before the beginning of the conversation leaves the window
+        room = max(16, self.config.context_length // 4)
+        everything, _ = fit_conversation(messages, tokenizer, chat_format, 1 << 30)
+        ids, _ = fit_conversation(messages, tokenizer, chat_format, max(1, self.config.context_length - room))
+        stop_ids, texts = stop_ids_and_texts(tokenizer, chat_format)
+        stop_ids |= {self.config.eos_token_id}
+        return self._generation(ids, sampling, depth, stop_ids, texts, alternatives, len(everything) - len(ids))
+
+    def score(self, text: str | Sequence[int], depth: Depth | None = None) -> Scored:
+        """Log-probability and depth of every token given those before it (teacher-forced, routers see the prefix).
+
+        A text longer than the window is scored with a rolling window by act; InputError for the other designs, and
+        for an empty text.
+        """
+        ids = self.encode(text)
+        if not isinstance(self.config, ActConfig):  # act's window rolls exactly and cheaply
+            self._check_length(ids)
+        decoder = self.new_decoder(depth)
+        logprobs: list[float] = []
+        depths: list[float] = []
+        for start in range(0, len(ids) - 1, SCORE_CHUNK):
+            part = ids[start : min(start + SCORE_CHUNK, len(ids) - 1)]
+            result = decoder.feed([part], report="all")
+            targets = ids[start + 1 : start + 1 + len(part)]
+            logprobs += log_softmax(result.logits)[np.arange(len(part)), targets].tolist()
+            depths += [trace.depth for trace in result.traces]
+        return Scored(ids, logprobs, depths)
+
+    def logits(self, ids: Sequence[int], depth: Depth | None = None) -> np.ndarray:
+        """float32 [len(ids), vocabulary]: row i is the prediction after ids[:i + 1]."""
+        checked = self.encode(ids)
+        self._check_length(checked)
+        return self.new_decoder(depth).feed([checked], report="all").logits.astype(np.float32, copy=False)
+
+    def lens(self, ids: Sequence[int] | str, top: int = 5) -> list[LensStep]:
+        """For every depth budget 1..max_depth of the last token: what the model would say next, and how it halted.
+
+        The tokens before it keep their full depth. ``halting`` is act's halting probability at that recurrence, None
+        for other designs and for recurrences the token does not reach.
+        """
+        checked = self.encode(ids)
+        self._check_length(checked)
+        decoder = self.new_decoder(Depth())
+        trace = decoder.feed([checked]).traces[0]
+        steps = []
+        for budget in range(1, self.max_depth + 1):
+            if not decoder.truncate(0, len(checked) - 1):
+                raise ModelError("the last token cannot be computed again; this is a bug")
+            decoder.depth = Depth(max_steps=budget)
+            result = decoder.feed([checked[-1:]])
+            reached = isinstance(self.config, ActConfig) and budget <= len(trace.halting)
+            halting = result.traces[0].halting[budget - 1] if reached else None
+            steps.append(LensStep(budget, halting, self.alternatives(result.logits[0], top)))
+        return steps
+
+    def encode(self, text: str | Sequence[int]) -> list[int]:
+        """Ids of a text (special tokens never), or checked ids. Raises InputError."""
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise InputError(f"model {self.name!r} has no tokenizer; give token ids")
+            ids = self.tokenizer.encode(text)
+        else:
+            ids = [int(i) for i in text]
+            wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
+            if wrong is not None:
+                raise InputError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
+        if not ids:
+            raise InputError("the prompt is empty; give the model at least one token to continue")
+        return ids
+
+    def alternatives(self, logits: np.ndarray, count: int) -> tuple[Alternative, ...]:
+        """The most likely next tokens under the plain softmax."""
+        ids, logprobs = top_alternatives(logits, count)
+        return tuple(Alternative(int(i), self.token_text(int(i)), float(p)) for i, p in zip(ids, logprobs, strict=True))
+
+    def token_text(self, token: int) -> str:
+        """A token on its own as text; incomplete characters become U+FFFD."""
+        if self.tokenizer is None:
+            return str(token)
+        return self.tokenizer.token_bytes(token).decode("utf-8", errors="replace")
+
+    def _check_length(self, ids: Sequence[int]) -> None:
+        config = self.config
+        # rlm-90m never crops and has no position table; the bound keeps its caches within reason
+        unbounded = isinstance(config, RoutedConfig) and not config.rolling_window
+        limit = config.context_length * (8 if unbounded else 1)
+        if len(ids) > limit:
+            raise InputError(f"the prompt has {len(ids)} tokens, the model's context holds {limit}; shorten it")
+
+    def _generation(
+        self,
+        ids: list[int],
+        sampling: Sampling | None,
+        depth: Depth | None,
+        stop_ids: frozenset[int],
+        stops: tuple[str, ...],
+        alternatives: int,
+        dropped: int,
+    ) -> Generation:
+        sampling = sampling or Sampling()
+        if sampling.stop and self.tokenizer is None:
+            raise UsageError(f"model {self.name!r} has no tokenizer, so stop strings cannot be found")
+        return Generation(self, ids, sampling, depth or Depth(), stop_ids, stops, alternatives, dropped)
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that came with the program."""
+    if not BUNDLED.is_dir():
+        return []
+    return sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
+
+
+def find_model(name: str) -> Path:
+    """The directory of a bundled model's name or of a path. Raises ModelError when there is none."""
+    if name in bundled_models():
+        return BUNDLED / name
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        known = ", ".join(bundled_models()) or "none"
+        raise ModelError(f"{name}: neither a bundled model ({known}) nor a model directory")
+    return path
+
+
+def describe_model(directory: Path) -> dict[str, Any]:
+    """Facts about a model directory without loading it. Raises ModelError when it is damaged."""
+    from rlm_engine.checkpoint import read_header
+
+    config, shapes = read_header(directory)
+    card = directory / "README.md"
+    return {
+        "name": directory.name,
+        "architecture": config.architecture,
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "context_length": config.context_length,
+        "max_depth": max(config.steps) if isinstance(config, RoutedConfig) else config.max_steps,
+        "chat": config.chat_format is not None,
+        "card": str(card) if card.is_file() else None,
+    }
+
+
+def load_model(name: str = "chat", backend: str = "auto", device: str = "auto") -> Model:
+    """Load a bundled model by name, or a model directory (our layout or a published one).
+
+    ``backend``: "auto" or "torch"; ``device``: "auto", "cpu" or "cuda". Raises ModelError when the model cannot be
+    loaded, UsageError for an unknown backend or device.
+    """
+    if backend not in ("auto", "torch"):
+        raise UsageError(f"backend must be 'auto' or 'torch', got {backend!r}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
+    directory = find_model(name)
+    if "torch" not in sys.modules:
+        # Waiting threads must not spin: measured 2 to 8 times slower beside any other work on few cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        import torch
+    except ImportError:
+        raise ModelError("PyTorch is not installed; run: pip install 'rlm-chat[torch]'") from None
+
+    from rlm_engine.backends.torch import TorchBackend
+    from rlm_engine.checkpoint import read_model_directory
+    from rlm_engine.models import module_from
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU here; use --device cpu")
+    target = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    config, tensors = read_model_directory(directory)
+    tokenizer = load_tokenizer(config, directory)
+    module = module_from(config, tensors).to(target)
+    parameters = sum(p.numel() for p in module.parameters())
+    dtype = next(module.parameters()).dtype
+    pieces: Any = module.pieces()
+    return Model(directory.name, config, TorchBackend(pieces, dtype, target), tokenizer, parameters)
