@@ -93,10 +93,10 @@ class ScriptedModel:
         self.can_chat = name != "base"
         self.config = SimpleNamespace(architecture="act", context_length=1024)
 
-    def chat(self, messages: Sequence[dict[str, str]], sampling: Any, depth: Any) -> Stream:
+    def chat(self, messages: Sequence[dict[str, str]], sampling: Any, depth: Any, alternatives: int = 0) -> Stream:
         return self._answer(messages[-1]["content"], STORY, sampling, depth)
 
-    def generate(self, text: str, sampling: Any, depth: Any) -> Stream:
+    def generate(self, text: str, sampling: Any, depth: Any, alternatives: int = 0) -> Stream:
         return self._answer(text, " " + STORY[0].lower() + STORY[1:], sampling, depth)
 
     def _answer(self, prompt: str, text: str, sampling: Any, depth: Any) -> Stream:
