@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
 from rlm_engine import published
 from rlm_engine.backends.torch import TorchBackend
 from rlm_engine.config import BlendConfig, ModelConfig, RoutedConfig
@@ -24,8 +27,6 @@ from rlm_engine.decoding.interface import Depth
 from rlm_engine.decoding.routed import RoutedDecoder
 from rlm_engine.models.blend import BlendModel
 from rlm_engine.models.routed import RoutedModel
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlm_engine.chat import encode_chat, encode_chat_with_mask, fit_conversation, stop_ids_and_texts
 from rlm_engine.config import ChatFormat
 from rlm_engine.errors import InputError, ModelError

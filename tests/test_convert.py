@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
+
 from rlm_engine.backends.torch import TorchBackend
 from rlm_engine.checkpoint import read_model_directory
 from rlm_engine.config import MixtureConfig, config_from_dict
@@ -19,7 +21,6 @@ from rlm_engine.errors import InputError, ModelError, UsageError
 from rlm_engine.models.mixture import MixtureModel
 from rlm_engine.tokenizer import load_tokenizer
 from rlm_engine.tokenizer.technical_training import train_technical
-from safetensors.numpy import load_file, save_file
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = DATA / "reference"

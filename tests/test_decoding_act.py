@@ -60,8 +60,15 @@ tokens = st.lists(st.integers(0, 60), min_size=1, max_size=40)
     threshold=st.none() | st.floats(0.05, 1.0),
 )
 def test_cached_decode_equals_dense_forward(
-    data: st.DataObject, ids: list[int], seed: int, dtype: torch.dtype, rule: str, kv: str, window: int,
-    max_steps: int | None, threshold: float | None,
+    data: st.DataObject,
+    ids: list[int],
+    seed: int,
+    dtype: torch.dtype,
+    rule: str,
+    kv: str,
+    window: int,
+    max_steps: int | None,
+    threshold: float | None,
 ) -> None:
     model = tiny_act(seed, dtype, rule=rule, kv=kv, context_length=window)
     depth = Depth(max_steps, threshold)
@@ -130,8 +137,12 @@ def test_halted_token_runs_no_further_block() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 50), segments=st.lists(st.integers(1, 12), min_size=2, max_size=5),
-       kv=st.sampled_from(["final", "reuse"]), budget=st.sampled_from([2, 5]))
+@given(
+    seed=st.integers(0, 50),
+    segments=st.lists(st.integers(1, 12), min_size=2, max_size=5),
+    kv=st.sampled_from(["final", "reuse"]),
+    budget=st.sampled_from([2, 5]),
+)
 def test_segment_memory_equals_one_long_forward(seed: int, segments: list[int], kv: str, budget: int) -> None:
     """Transformer-XL's carried keys and values: with memory for all earlier tokens nothing may change."""
     model = tiny_act(seed, kv=kv, context_length=100)
@@ -179,9 +190,7 @@ def test_nan_weights_are_an_error_not_a_token() -> None:
 
 
 def test_parameter_count_of_act_110m() -> None:
-    config = ActConfig(
-        vocab_size=50257, d_model=1280, n_heads=20, ffn=10240, eos_token_id=50256, context_length=1024
-    )
+    config = ActConfig(vocab_size=50257, d_model=1280, n_heads=20, ffn=10240, eos_token_id=50256, context_length=1024)
     with torch.device("meta"):
         model = ActModel(config)
     assert sum(p.numel() for p in model.parameters()) == 110_224_641

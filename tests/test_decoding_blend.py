@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rlm_engine.decoding.interface import Depth
 from tiny_routers import VOCABULARY, WINDOW, CountingBackend, decoder_of, dense_last, tiny_model
+
+from rlm_engine.decoding.interface import Depth
 
 IDS = np.random.default_rng(5).integers(0, VOCABULARY, WINDOW + 4).tolist()
 

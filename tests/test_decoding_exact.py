@@ -9,9 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlm_engine.decoding import trunk
-from rlm_engine.decoding.interface import Depth
-from rlm_engine.errors import InputError, ModelError, UsageError
 from tiny_routers import (
     DESIGNS,
     PAD,
@@ -28,6 +25,10 @@ from tiny_routers import (
     texts,
     tiny_model,
 )
+
+from rlm_engine.decoding import trunk
+from rlm_engine.decoding.interface import Depth
+from rlm_engine.errors import InputError, ModelError, UsageError
 
 each_design = pytest.mark.parametrize("design", DESIGNS)
 few = settings(max_examples=12, deadline=None)

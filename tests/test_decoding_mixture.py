@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlm_engine.backends.torch import TorchBackend
 from rlm_engine.config import MixtureConfig
 from rlm_engine.decoding import mixture

@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tiny_routers import PAD, VOCABULARY, WINDOW, CountingBackend, assert_as_dense, decoder_of, dense_last, tiny_model
+
 from rlm_engine.decoding.interface import Depth
 from rlm_engine.errors import InputError
 from rlm_engine.models.routed import RoutedModel
-from tiny_routers import PAD, VOCABULARY, WINDOW, CountingBackend, assert_as_dense, decoder_of, dense_last, tiny_model
 
 IDS = [i for i in np.random.default_rng(6).integers(0, VOCABULARY, 60).tolist() if i != PAD][:40]
 each_variant = pytest.mark.parametrize("design", ["rlm-90m", "rlm-198m"])

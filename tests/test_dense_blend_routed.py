@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from golden_vectors import REFERENCE, make_model
+from tiny_routers import DESIGNS, PAD, VOCABULARY, config_of, tiny_model
+
 from rlm_engine.config import BlendConfig, RoutedConfig
 from rlm_engine.models.blend import BlendModel
-from rlm_engine.models.encoder import PreNormBlock
+from rlm_engine.models.encoder import PreNormBlock, masked_attention
 from rlm_engine.models.routed import RoutedModel
-from tiny_routers import DESIGNS, PAD, VOCABULARY, config_of, tiny_model
 
 FULL: dict[str, Any] = {
     "48m": BlendConfig(vocab_size=50257, d_model=512, n_heads=8, eos_token_id=50256, context_length=256),
@@ -130,11 +131,34 @@ def test_dropout_acts_in_training_only(design: str) -> None:
     assert not torch.equal(model.train()(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize(("design", "expected"), [("blend", 0.1), ("rlm-90m", 0.0), ("rlm-198m", 0.0)])
-def test_dropout_after_the_attention_projection_is_the_48m_only(design: str, expected: float) -> None:
-    blocks = [m for m in fresh(design).modules() if isinstance(m, PreNormBlock)]
-    assert {b.attention_out_dropout for b in blocks} == {expected}
-    assert {b.dropout for b in blocks} == {0.1}
+@pytest.mark.parametrize(("design", "rates"), [("blend", [0.1] * 3), ("rlm-90m", [0.0, 0.1, 0.1])])
+def test_dropout_after_the_attention_projection_is_the_48m_only(
+    design: str, rates: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = fresh(design).recursion.train()
+    x = torch.randn(1, 4, 12)
+    seen: list[tuple[float, bool]] = []
+
+    def dropout(value: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+        seen.append((p, training))
+        return value
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    block(x, masked_attention(None, 0.0))
+    assert seen == [(rate, True) for rate in rates]
+
+
+@each_design
+def test_dropout_on_attention_weights(design: str) -> None:
+    q = torch.randn(1, 6, 2, 4)
+    torch.manual_seed(0)
+    assert not torch.equal(masked_attention(None, 0.5)(q, q, q), masked_attention(None, 0.0)(q, q, q))
+    model = fresh(design)
+    for module in model.modules():
+        if isinstance(module, PreNormBlock):
+            module.dropout = module.attention_out_dropout = 0.0
+    states = [model.train()(some_ids(1, 8), return_states=True).states[0] for _ in range(2)]
+    assert not torch.equal(*states)
 
 
 @each_design

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlm_engine.detokenize import StreamDecoder
 from rlm_engine.tokenizer.gpt2 import Gpt2Tokenizer
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlm_engine.config import BlendConfig
 from rlm_engine.errors import ModelError
 from rlm_engine.tokenizer import load_tokenizer

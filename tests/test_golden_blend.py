@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_vectors import Golden, greedy, load, prefixes
+
 from rlm_engine.published import blend as published
 
 TOLERANCE = 5e-5

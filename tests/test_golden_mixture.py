@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
 from rlm_engine.backends.torch import TorchBackend
 from rlm_engine.config import MixtureConfig
 from rlm_engine.decoding.mixture import MixtureDecoder
 from rlm_engine.models.mixture import MixtureModel
 from rlm_engine.published import mixture as published
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
 DIRECTORIES = [
     Path(__file__).parent / "data" / "reference",

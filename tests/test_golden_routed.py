@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_vectors import Golden, greedy, load, prefixes
+
 from rlm_engine.published import routed as published
 
 TOLERANCE = 5e-5

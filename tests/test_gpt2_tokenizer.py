@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlm_engine.config import BlendConfig, ModelConfig
 from rlm_engine.errors import InputError, ModelError
 from rlm_engine.tokenizer import load_tokenizer

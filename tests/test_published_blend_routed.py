@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from golden_vectors import REFERENCE, beside, make_model
+from safetensors.numpy import load_file
+
 from rlm_engine import published
 from rlm_engine.config import BlendConfig, RoutedConfig, config_from_dict
 from rlm_engine.errors import ModelError
 from rlm_engine.published import blend, routed
-from safetensors.numpy import load_file
 
 DESIGNS = {"48m": blend, "90m": routed, "198m": routed}
 HUGGING_FACE = {

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from golden_vectors import REFERENCE, beside, load, make_model
-from rlm_engine import published
-from rlm_engine.models.routed import RoutedModel
 from safetensors.numpy import load_file
 from tiny_routers import DESIGNS, PAD, VOCABULARY, decoder_of, tiny_model
+
+from rlm_engine import published
+from rlm_engine.models.routed import RoutedModel
 
 each_routed = pytest.mark.parametrize("name", ["90m", "198m"])
 each_variant = pytest.mark.parametrize("design", ["rlm-90m", "rlm-198m"])

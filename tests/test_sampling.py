@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlm_engine.errors import ModelError, UsageError
 from rlm_engine.sampling import Sampler, Sampling, log_softmax, top_alternatives
 

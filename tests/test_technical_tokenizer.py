@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlm_engine.errors import InputError, ModelError, UsageError
 from rlm_engine.tokenizer import technical
 from rlm_engine.tokenizer.file import FileTokenizer

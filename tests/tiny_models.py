@@ -11,8 +11,14 @@ from rlm_engine.models.act import ActModel
 def tiny_act(seed: int, dtype: torch.dtype = torch.float64, **changes: object) -> ActModel:
     """An act model of a few thousand parameters whose halting head really varies from token to token."""
     values: dict[str, object] = {
-        "vocab_size": 61, "d_model": 16, "n_heads": 2, "ffn": 24, "eos_token_id": 0, "context_length": 16,
-        "tokenizer": "none", "max_steps": 5,
+        "vocab_size": 61,
+        "d_model": 16,
+        "n_heads": 2,
+        "ffn": 24,
+        "eos_token_id": 0,
+        "context_length": 16,
+        "tokenizer": "none",
+        "max_steps": 5,
     }
     config = ActConfig(**(values | changes))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)

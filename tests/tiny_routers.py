@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from golden_vectors import make_decoder, make_model
 from hypothesis import strategies as st
+
 from rlm_engine.backends.torch import TorchBackend
 from rlm_engine.config import BlendConfig, RoutedConfig
 from rlm_engine.decoding.blend import BlendDecoder

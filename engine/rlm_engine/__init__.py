@@ -43,7 +43,7 @@ _LAZY = {
     "TokenTrace": "trace",
 }
 
-__all__ = ["EngineError", "InputError", "ModelError", "UsageError", "__version__", *_LAZY]  # noqa: PLE0604
+__all__ = ["EngineError", "InputError", "ModelError", "UsageError", "__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -200,12 +200,12 @@ def _open(directory: Path, data: dict[str, Any]) -> tuple[ModelConfig, dict[str,
     data = dict(data)
     shared = data.pop("shared_with", None)
     config = config_from_dict(data, str(directory / "config.json"))
-    files = {name: weights for name in weights.shapes}
+    files = dict.fromkeys(weights.shapes, weights)
     if shared is not None:
         if not isinstance(shared, str) or Path(shared).name != shared or shared in ("", ".", ".."):
             raise ModelError(f"{directory / 'config.json'}: shared_with must be the name of a sibling directory")
         sibling = TensorFile(directory.parent / shared / "model.safetensors")
-        files = {name: sibling for name in sibling.shapes} | files
+        files = dict.fromkeys(sibling.shapes, sibling) | files
     return config, files
 
 

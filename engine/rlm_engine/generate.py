@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlm_engine.chat import fit_conversation, stop_ids_and_texts
-from rlm_engine.config import ActConfig, BlendConfig, MixtureConfig, ModelConfig, RoutedConfig
+from rlm_engine.config import ActConfig, BlendConfig, ModelConfig, RoutedConfig
 from rlm_engine.decoding.interface import Backend, Decoder, Depth
 from rlm_engine.detokenize import StreamDecoder
 from rlm_engine.errors import InputError, ModelError, UsageError

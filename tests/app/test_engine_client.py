@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from rlm_chat.engine_client import ClientError, CrashError, EngineClient, ReplyToken, Summary, worker_command
 from scripted_engine import STORY, pieces
+
+from rlm_chat.engine_client import ClientError, CrashError, EngineClient, ReplyToken, Summary, worker_command
 
 COMMAND = [sys.executable, str(Path(__file__).with_name("scripted_engine.py"))]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rlm_engine.worker import BATCH_TOKENS, serve
 from scripted_engine import STORY, ScriptedModel, load, pieces
+
+from rlm_engine.worker import BATCH_TOKENS, serve
 
 SCRIPT = Path(__file__).with_name("scripted_engine.py")
 
@@ -204,7 +205,7 @@ def test_unforeseen_errors_carry_their_traceback_and_the_worker_goes_on(worker: 
 
 
 def test_a_rust_panic_is_an_error_not_the_end(monkeypatch: pytest.MonkeyPatch, worker: Conversation) -> None:
-    class PanicException(BaseException):  # noqa: N818  the name tokenizers gives it
+    class PanicException(BaseException):
         pass
 
     def panic(self: ScriptedModel, *args: Any, **kwargs: Any) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from rlm_engine.sanitize import printable
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.widgets import TextArea
 
 from rlm_chat.tui.messages import PromptSent
+from rlm_engine.sanitize import printable
 
 
 class PromptBox(TextArea):
