@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import stat
 import struct
 import tempfile
@@ -259,4 +258,4 @@ def write_model_directory(
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, new / "model.safetensors")
         (new / "config.json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in ("model.safetensors", "config.json"):
-            os.replace(new / name, directory / name)
+            (new / name).replace(directory / name)

@@ -42,9 +42,10 @@ class ChatFormat:
             raise ModelError(f"{where}: chat_format must be an object with prefix, suffix and stop")
         prefix, suffix, stop = data.get("prefix"), data.get("suffix"), data.get("stop")
         for name, part in (("prefix", prefix), ("suffix", suffix)):
-            good = isinstance(part, dict) and set(part) <= {"system", "user", "assistant"}
-            if not good or not all(isinstance(v, str) for v in part.values()):
+            roles = {"system", "user", "assistant"}
+            if not isinstance(part, dict) or set(part) - roles or not all(isinstance(v, str) for v in part.values()):
                 raise ModelError(f"{where}: chat_format.{name} must map system/user/assistant to texts")
+        assert isinstance(prefix, dict) and isinstance(suffix, dict)
         if not {"user", "assistant"} <= set(prefix):
             raise ModelError(f"{where}: chat_format.prefix must name user and assistant")
         if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +131,7 @@ class Generation:
             seed=None if self._sampling.is_greedy else self._sampler.seed,
         )
 
-    def _run(self) -> Iterator[Token]:
+    def _run(self) -> Generator[Token, None, None]:
         """Every token is yielded as soon as its text is certain; one whose text is held back waits for the next."""
         if self._sampling.max_tokens == 0:
             self._reason = "max_tokens"
