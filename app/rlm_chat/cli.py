@@ -107,6 +107,11 @@ def _common_options() -> argparse.ArgumentParser:
     model = options.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="a bundled model or a model directory")
     model.add_argument("--backend", choices=("auto", "torch"), help="what computes (default auto)")
+    model.add_argument(
+        "--window",
+        choices=("exact", "block"),
+        help="published designs past their context: re-read the window for each token (exact), or drop a block",
+    )
     model.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where (default auto)")
     sampling = options.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest (default 0.8)")
