@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
-from rlm_chat import clipboard
-from rlm_chat.session import Mode, Session, State
-from rlm_chat.settings import Settings
-from rlm_chat.tui.app import ChatApp
-from rlm_chat.tui.screens.chat import ChatScreen
-from rlm_chat.tui.widgets.bars import DepthLegend, StatusLine, TopBar
 from scripted_engine import DEPTHS, STORY
 from textual import events
 from textual.geometry import Offset
 from textual.pilot import Pilot
 from textual.selection import Selection
 from textual.widgets import Static
+
+from rlm_chat import clipboard
+from rlm_chat.session import Mode, Session, State
+from rlm_chat.settings import Settings
+from rlm_chat.tui.app import ChatApp
+from rlm_chat.tui.screens.chat import ChatScreen
+from rlm_chat.tui.widgets.bars import DepthLegend, StatusLine, TopBar
 
 
 class Driver:

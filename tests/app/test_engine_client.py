@@ -81,7 +81,7 @@ async def test_a_model_that_cannot_be_loaded_says_why_and_the_worker_stays(engin
 async def test_a_crash_costs_one_reply_and_the_worker_comes_back(engine: EngineClient) -> None:
     await engine.load("chat")
     tokens: list[ReplyToken] = []
-    with pytest.raises(CrashError, match="SIGABRT|exit code") as caught:
+    with pytest.raises(CrashError, match=r"SIGABRT|exit code") as caught:
         async for event in engine.chat(ask("crash"), {}, {}):
             assert not isinstance(event, Summary)
             tokens += event

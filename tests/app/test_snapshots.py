@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 from fake_engine import FakeEngine
+from textual.pilot import Pilot
+
 from rlm_chat.session import Mode, Session, State
 from rlm_chat.settings import Settings
 from rlm_chat.tui.app import ChatApp
 from rlm_chat.tui.screens.chat import ChatScreen
-from textual.pilot import Pilot
 
 SIZES = [(80, 24), (120, 40)]
 Compare = Callable[..., bool]

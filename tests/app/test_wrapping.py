@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rlm_chat.tui.blocks import Blocks
 from rlm_chat.tui.wrapping import Wrapper
 
-TEXT = st.text(alphabet=st.sampled_from(list("abcdefgh ,.\n\t") + ["日", "本", "é", "\u0301", "😀"]), max_size=120)
+TEXT = st.text(alphabet=st.sampled_from([*list("abcdefgh ,.\n\t"), "日", "本", "é", "\u0301", "😀"]), max_size=120)
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -85,7 +85,12 @@ def test_blocks_find_their_lines_and_rewrap() -> None:
             lines.append((found[1].gutter + found[1].line.text).rstrip())
         return lines
 
-    assert shown() == ["▌ You", "▌ What is deep and", "▌ wide?", "", "  model"] + [
+    assert shown() == [
+        "▌ You",
+        "▌ What is deep and",
+        "▌ wide?",
+        "",
+        "  model",
         "  The deep blue sea",
         "  of course",
         "  6 tokens",
