@@ -24,7 +24,7 @@ class HaltingStep(NamedTuple):
     stopped: BoolArray
 
 
-def advance(state: HaltingState, probability: FloatArray, last: bool, threshold: float) -> HaltingStep:
+def advance(state: HaltingState, probability: FloatArray, last: BoolArray | bool, threshold: float) -> HaltingStep:
     """One recurrence of the halting rule (Graves 2016, section 2.1), elementwise over tokens.
 
     A running token whose cumulative probability reaches ``threshold`` (1 - epsilon), or for which this is the

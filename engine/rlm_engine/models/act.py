@@ -201,6 +201,7 @@ class ActModel(nn.Module):
         document_mask: Tensor | None = None,
         max_steps: int | None = None,
         threshold: float | None = None,
+        forced_depth: Tensor | None = None,
         keep_states: bool = False,
         dense_step: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
     ) -> ActOutput:
@@ -211,10 +212,15 @@ class ActModel(nn.Module):
         ``document_mask``: boolean, broadcastable to [batch, 1, tokens, remembered + tokens], True where allowed;
         it is combined with causality here. ``max_steps``: at most this many recurrences.
         ``threshold``: the halting threshold, default 1 - epsilon. ``dense_step``: a compiled `dense_step`.
+        ``forced_depth``: int64 [batch, tokens], each >= 1; token t stops exactly at recurrence forced_depth[t] (or at
+        the last one) instead of where its halting probabilities say. Its weights are the usual ones: each
+        recurrence's probability, the remainder at the stop; a probability is cut to what is left of 1.
         """
         config = self.config
         steps = min(config.max_steps, max_steps or config.max_steps)
         threshold = 1.0 - config.halt_epsilon if threshold is None else threshold
+        if forced_depth is not None:
+            threshold = math.inf
         run = dense_step or self.dense_step
         start = memory.start if memory is not None else 0
         remembered = memory.keys[0].shape[1] if memory is not None else 0
@@ -242,7 +248,12 @@ class ActModel(nn.Module):
             if n + 1 < config.min_steps:
                 p = p * 0.0
             running = halting.running
-            weight, halting, stopped = advance(halting, p, n + 1 == steps, threshold)
+            last: Tensor | bool = n + 1 == steps
+            if forced_depth is not None:
+                # a token kept running past its own halt must not give more weight than there is
+                p = torch.minimum(p, 1.0 - halting.cumulative)
+                last = (forced_depth <= n + 1) | last
+            weight, halting, stopped = advance(halting, p, last, threshold)
             remainder = remainder + stopped * weight
             depth = depth + running
             state = torch.where(running.unsqueeze(-1), new, state)
