@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from rlm_training.shards import prepare
+    from rlm_training.prepare import prepare
 
     index = prepare(options.paths, options.out, options.workers, progress=sys.stderr.isatty())
     for name, facts in index["sources"].items():

@@ -19,6 +19,8 @@ class Document:
 
     text: str = ""
     messages: tuple[dict[str, str], ...] = ()
+    chosen: str = ""
+    rejected: str = ""
 
 
 def source_name(path: Path) -> str:
@@ -82,12 +84,13 @@ def _document(record: object, where: str) -> Document:
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
             return Document(text=record["text"])
-        messages = record.get("messages")
+        messages = record.get("messages", record.get("prompt"))
         if isinstance(messages, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in messages
         ):
-            return Document(messages=tuple({"role": m["role"], "content": m["content"]} for m in messages))
+            turns = tuple({"role": m["role"], "content": m["content"]} for m in messages)
+            return Document(messages=turns, chosen=record.get("chosen", ""), rejected=record.get("rejected", ""))
     raise InputError(f'{where}: needs "text" or "messages" with role and content')
 
 

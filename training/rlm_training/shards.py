@@ -1,27 +1,34 @@
-"""Tokenized corpora on disk: one memory-mapped shard per source, with document offsets and loss masks.
+"""Prepared corpora on disk: memory-mapped token shards with document offsets, loss masks and an index.
 
-A prepared folder holds index.json and, per source, NAME.bin (uint16 tokens, every document ended by end-of-text),
-NAME.docs.npy (int64 offsets of the documents' starts, plus the end) and, for conversations, NAME.mask.bin
-(uint8, 1 where the token is part of a reply and counts in the SFT loss).
+A prepared folder holds index.json and, per source and shard (NAME-00000, NAME-00001, ...; documents never straddle
+shards), three kinds of files:
+
+    NAME-00000.bin        tokens, uint16 or uint32 by vocabulary; every document is ended by end-of-text
+    NAME-00000.docs.npy   int64 offsets of the documents' starts within the shard, plus the end
+    NAME-00000.mask.bin   uint8, 1 where the token is part of a reply and counts in the loss (conversations, pairs)
+
+A source has a kind: "text"; "chat" (conversations, perhaps texts among them); or "preference" (document 2i is pair
+i's prompt with the chosen reply, document 2i+1 the same prompt with the rejected one; see `preferences`).
+`prepare` writes these folders; OUT/heldout is a prepared folder of its own.
+Version 1 folders (one NAME.bin, NAME.docs.npy, NAME.mask.bin per source, uint16) are read too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from rlm_engine.chat import encode_chat_with_mask
 from rlm_engine.config import ChatFormat
 from rlm_engine.errors import InputError
-from rlm_engine.tokenizer.gpt2 import Gpt2Tokenizer
-from rlm_training.corpus import Document, find_files, read_documents, source_names
+
+VERSION = 2
 
 # 90M's published chat format, with the end of text right after the reply, so that every turn ends by itself.
 CHAT_TOKENS = ("<|user|>", "<|assistant|>")
@@ -32,112 +39,222 @@ CHAT_FORMAT = ChatFormat(
 )
 
 
+class Concatenated:
+    """Several one-dimensional arrays read as one. Slices are copied only where they span a border."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        start, stop, step = span.indices(len(self))
+        if step != 1:
+            raise IndexError("only contiguous slices can be read")
+        pieces, part = [], int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            offset = int(self._ends[part]) - len(self._parts[part])
+            piece = self._parts[part][start - offset : stop - offset]
+            pieces.append(piece)
+            start, part = start + len(piece), part + 1
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self._parts).astype(dtype or self.dtype, copy=False)
+
+
 @dataclass(frozen=True)
 class Source:
     """One source of a prepared folder, memory-mapped."""
 
     name: str
-    tokens: np.ndarray  # uint16 [tokens]
+    tokens: np.ndarray | Concatenated  # uint16 or uint32 [tokens]
     documents: np.ndarray  # int64 [documents + 1]
-    mask: np.ndarray | None  # uint8 [tokens], conversations only
-
-
-def prepare(paths: list[Path], target: Path, workers: int = 1, progress: bool = False) -> dict[str, Any]:
-    """Tokenize files into `target` and return the index. Sources that are already there and complete are kept.
-
-    Raises InputError for unreadable input. A source is complete once it stands in index.json, which is rewritten
-    atomically after each, so that an interrupted run continues.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    index = _read_index(target) if (target / "index.json").exists() else _new_index()
-    for name, path in source_names(find_files(paths)).items():
-        if name in index["sources"]:
-            continue
-        documents: Iterable[Document] = read_documents(path)
-        if progress:
-            from tqdm import tqdm
-
-            documents = tqdm(documents, desc=name, unit=" docs")
-        index["sources"][name] = _write_source(name, documents, target, workers)
-        temporary = target / "index.json.tmp"
-        temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(target / "index.json")
-    return index
+    mask: np.ndarray | Concatenated | None  # uint8 [tokens], conversations and preference pairs only
+    kind: str = "text"
 
 
 def load_sources(folder: Path) -> dict[str, Source]:
-    """Map every source of a prepared folder. Raises InputError when the folder is missing or damaged."""
-    index = _read_index(folder)
-    sources = {}
+    """Map the texts and conversations of a prepared folder; empty sources are left out.
+
+    Raises InputError when the folder is missing, or a file is missing or not of the size in the index.
+    """
+    return {s.name: s for s in map_sources(folder) if s.kind != "preference"}
+
+
+def map_sources(folder: Path) -> list[Source]:
+    """Map every source that holds a document, preference pairs too; InputError as `load_sources`."""
+    return [
+        _map_source(folder, name, facts) for name, facts in read_index(folder)["sources"].items() if facts["documents"]
+    ]
+
+
+def verify(folder: Path) -> int:
+    """Compare every file with its SHA-256 in the index; returns how many. InputError names the first that differs."""
+    index = read_index(folder)
+    files: dict[str, dict[str, Any]] = {}
     for name, facts in index["sources"].items():
-        tokens = np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
-        documents = np.load(folder / f"{name}.docs.npy")
-        if len(tokens) != facts["tokens"] or documents[-1] != len(tokens):
-            raise InputError(f"{folder}: source {name} does not match index.json; prepare it again")
-        mask_file = folder / f"{name}.mask.bin"
-        mask = np.memmap(mask_file, dtype=np.uint8, mode="r") if mask_file.exists() else None
-        sources[name] = Source(name, tokens, documents, mask)
-    return sources
+        for shard in _shards(name, facts):
+            files |= shard.get("files") or {shard["tokens_file"]: {"sha256": facts["sha256"]}}
+        for shard in facts.get("heldout", {}).get("shards", []):
+            files |= {f"heldout/{file}": known for file, known in shard["files"].items()}
+    files |= {file: {"sha256": digest} for file, digest in index.get("tokenizer_files", {}).items()}
+    for file, known in files.items():
+        path = folder / file
+        if not path.is_file():
+            raise InputError(f"{path}: missing; prepare the folder again")
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != known["sha256"]:
+                raise InputError(
+                    f"{path}: damaged (its SHA-256 is not the one in index.json); prepare the folder again"
+                )
+    return len(files)
 
 
-def _new_index() -> dict[str, Any]:
-    return {"tokenizer": "gpt2", "added_tokens": list(CHAT_TOKENS), "sources": {}}
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json of a prepared folder; InputError when it is missing or damaged."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        return index if isinstance(index["sources"], dict) else _new_index()
+        if isinstance(index["sources"], dict) and index.get("version", 1) in (1, VERSION):
+            return dict(index)
     except FileNotFoundError:
         raise InputError(f"{folder}: no index.json here; run `rlm-train prepare` first") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{folder}/index.json is damaged; delete the folder and prepare it again") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{folder}/index.json is damaged; delete the folder and prepare it again")
 
 
-def _write_source(name: str, documents: Iterable[Document], target: Path, workers: int) -> dict[str, Any]:
-    starts, total, digest, any_mask = [0], 0, hashlib.sha256(), False
-    with (target / f"{name}.bin").open("wb") as tokens_file, (target / f"{name}.mask.bin").open("wb") as mask_file:
-        for ids, mask in _encode_all(documents, workers):
-            data = ids.tobytes()
-            digest.update(data)
-            tokens_file.write(data)
-            mask_file.write(mask.tobytes())
-            any_mask = any_mask or bool(mask.any())
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file so that a crash, even of the machine, leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The smaller unsigned integer that holds every id."""
+    return np.uint16 if vocab_size <= 65_536 else np.uint32
+
+
+@dataclass
+class ShardWriter:
+    """Writes one shard; its files get their names only in `close`, so a crash leaves nothing that looks whole.
+
+    With ``masked=False`` no mask file is written when no token was marked.
+    """
+
+    folder: Path
+    stem: str
+    dtype: type[np.unsignedinteger[Any]]
+    tokens: int = 0
+    starts: list[int] = field(default_factory=lambda: [0])
+    any_mask: bool = False
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._paths = {kind: self.folder / f"{self.stem}.{kind}" for kind in ("bin", "mask.bin", "docs.npy")}
+        self._files = {kind: self._temporary(kind).open("wb") for kind in ("bin", "mask.bin")}
+        self._digests = {kind: hashlib.sha256() for kind in self._files}
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+
+    @property
+    def documents(self) -> int:
+        """How many were added."""
+        return len(self.starts) - 1
+
+    def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        """One document: ids [tokens] and uint8 mask [tokens]."""
+        for kind, data in (("bin", ids.astype(self.dtype).tobytes()), ("mask.bin", mask.astype(np.uint8).tobytes())):
+            self._files[kind].write(data)
+            self._digests[kind].update(data)
+        self.tokens += len(ids)
+        self.starts.append(self.tokens)
+        self.any_mask = self.any_mask or bool(mask.any())
+
+    def close(self) -> dict[str, Any]:
+        """Put the files in place; returns the shard's entry for the index."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        if not self.any_mask:
+            self._temporary("mask.bin").unlink()
+        with self._temporary("docs.npy").open("wb") as file:
+            np.save(file, np.asarray(self.starts, dtype=np.int64))
+        facts: dict[str, Any] = {"documents": self.documents, "tokens": self.tokens, "files": {}}
+        for kind, path in self._paths.items():
+            if kind == "mask.bin" and not self.any_mask:
+                continue
+            temporary = self._temporary(kind)
+            if kind in self._digests:
+                digest = self._digests[kind].hexdigest()
+            else:
+                digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+            facts["files"][path.name] = {"bytes": temporary.stat().st_size, "sha256": digest}
+            temporary.replace(path)
+        return facts
+
+    def _temporary(self, kind: str) -> Path:
+        return self._paths[kind].with_name(self._paths[kind].name + ".tmp")
+
+
+def _shards(name: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards of an index entry; a version 1 source is one shard without a suffix."""
+    found = facts.get("shards")
+    if found is None:
+        return [{"tokens": facts["tokens"], "documents": facts["documents"], "tokens_file": f"{name}.bin"}]
+    return [shard | {"tokens_file": next(f for f in shard["files"] if _is_tokens(f))} for shard in found]
+
+
+def _is_tokens(file: str) -> bool:
+    return file.endswith(".bin") and not file.endswith(".mask.bin")
+
+
+def _map_source(folder: Path, name: str, facts: dict[str, Any]) -> Source:
+    tokens: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    documents, total, any_mask = [np.zeros(1, dtype=np.int64)], 0, False
+    dtype = np.dtype(facts.get("dtype", "uint16"))
+    try:
+        for shard in _shards(name, facts):
+            stem = shard["tokens_file"].removesuffix(".bin")
+            for file, known in shard.get("files", {}).items():
+                if (folder / file).stat().st_size != known["bytes"]:
+                    raise ValueError
+            ids = np.memmap(folder / f"{stem}.bin", dtype=dtype, mode="r")
+            offsets = np.load(folder / f"{stem}.docs.npy")
+            has_mask = (folder / f"{stem}.mask.bin").exists()
+            # A shard of a chat source that holds only texts has no mask file: nothing in it counts.
+            mask = np.memmap(folder / f"{stem}.mask.bin", dtype=np.uint8, mode="r") if has_mask else None
+            if len(ids) != shard["tokens"] or offsets[-1] != len(ids) or len(offsets) != shard["documents"] + 1:
+                raise ValueError
+            tokens.append(ids)
+            masks.append(np.broadcast_to(np.uint8(0), len(ids)) if mask is None else mask)
+            documents.append(offsets[1:] + total)
             total += len(ids)
-            starts.append(total)
-    if not any_mask:
-        (target / f"{name}.mask.bin").unlink()
-    if not total:
-        raise InputError(f"source {name} holds no document")
-    np.save(target / f"{name}.docs.npy", np.asarray(starts, dtype=np.int64))
-    return {"documents": len(starts) - 1, "tokens": total, "sha256": digest.hexdigest(), "chat": any_mask}
+            any_mask = any_mask or has_mask
+    except (OSError, ValueError, IndexError, KeyError, StopIteration):
+        raise InputError(f"{folder}: source {name} does not match index.json; prepare it again") from None
+    kind = facts.get("kind") or ("chat" if facts.get("chat") else "text")
+    mask_of_all = _join(masks) if any_mask else None
+    return Source(name, _join(tokens), np.concatenate(documents), mask_of_all, kind)
 
 
-def _encode_all(documents: Iterable[Document], workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    if workers <= 1:
-        _start_worker()
-        yield from map(_encode, documents)
-        return
-    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
-        yield from pool.map(_encode, documents, chunksize=64)
-
-
-_tokenizer: Gpt2Tokenizer | None = None
-
-
-def _start_worker() -> None:
-    global _tokenizer
-    _tokenizer = Gpt2Tokenizer(added_tokens=CHAT_TOKENS)
-
-
-def _encode(document: Document) -> tuple[np.ndarray, np.ndarray]:
-    assert _tokenizer is not None
-    end = _tokenizer.special["<|endoftext|>"]
-    if document.messages:
-        ids, mask = encode_chat_with_mask(document.messages, _tokenizer, CHAT_FORMAT)
-    else:
-        ids = _tokenizer.encode(document.text)
-        mask = [False] * len(ids)
-    if not ids or ids[-1] != end:
-        ids, mask = [*ids, end], [*mask, False]
-    return np.asarray(ids, dtype=np.uint16), np.asarray(mask, dtype=np.uint8)
+def _join(parts: list[np.ndarray]) -> np.ndarray | Concatenated:
+    return parts[0] if len(parts) == 1 else Concatenated(parts)
