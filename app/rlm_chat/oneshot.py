@@ -186,9 +186,11 @@ def _stream(generation: Generation, options: argparse.Namespace, said: list[str]
 def _load(options: argparse.Namespace, default: str) -> Model:
     from rlm_engine import load_model
 
-    return load_model(
+    model = load_model(
         getattr(options, "model", default), getattr(options, "backend", "auto"), getattr(options, "device", "auto")
     )
+    model.window = getattr(options, "window", "exact")
+    return model
 
 
 def _depth(options: argparse.Namespace) -> Any:
