@@ -91,6 +91,7 @@ class BlendModel(nn.Module):
         routing: str = "sequence",
         max_steps: int | None = None,
         return_states: bool = False,
+        with_logits: bool = True,
     ) -> BlendOutput:
         """Dense forward of input_ids [batch, tokens], tokens <= context_length (IndexError beyond, as published).
 
@@ -99,6 +100,7 @@ class BlendModel(nn.Module):
         ``routing``: "sequence" pools the router over all positions, the future included (teacher forcing as
         published); "prefix" pools over each position's own prefix, which is what generation sees.
         ``max_steps``: depths beyond it are left out of the sum (p is not renormalised).
+        ``with_logits=False`` leaves the logits empty: training reads ``states[-1]`` and takes its loss in chunks.
         """
         config, rate = self.config, self.config.dropout if self.training else 0.0
         if routing not in ("sequence", "prefix"):
@@ -119,7 +121,8 @@ class BlendModel(nn.Module):
             r = self.recursion(r, attend)
             y = y + weights[..., k : k + 1] * r
             states.append(r)
-        output = BlendOutput(self.head(y), p, states=[*states, y] if return_states else [])
+        logits = self.head(y) if with_logits else y.new_empty(0)
+        output = BlendOutput(logits, p, states=[*states, y] if return_states else [])
         if labels is not None:
             output.loss = output.lm_loss = masked_mean(*shifted_token_losses(output.logits, labels))
         return output

@@ -155,6 +155,7 @@ class MixtureModel(nn.Module):
         computation_weight: float = 1e-4,
         max_steps: int | None = None,
         keep_states: bool = False,
+        with_logits: bool = True,
     ) -> MixtureOutput:
         """Dense forward of ids [batch, tokens], at most context_length tokens (else InputError).
 
@@ -165,6 +166,7 @@ class MixtureModel(nn.Module):
         ``batch="published"``: while any row goes on, stopped rows pass both norms once per extra pass, so
         batch-mates change a row's result. ``batch="rows"``: every row as if alone. ``max_steps``: passes per layer
         at most.
+        ``with_logits=False`` leaves the logits empty: training reads ``states[-1]`` and takes its loss in chunks.
         """
         config = self.config
         if batch not in ("published", "rows"):
@@ -199,7 +201,7 @@ class MixtureModel(nn.Module):
             states.append(x)
         final = self.norm_out(x)
         output = MixtureOutput(
-            logits=self.head(final),
+            logits=self.head(final) if with_logits else final.new_empty(0),
             steps=torch.stack(all_steps, dim=1),
             router_probabilities=torch.stack(all_probabilities, dim=1),
             computation_loss=cost,

@@ -108,6 +108,7 @@ class RoutedModel(nn.Module):
         routing: str = "sequence",
         max_steps: int | None = None,
         return_states: bool = False,
+        with_logits: bool = True,
     ) -> RoutedOutput:
         """Dense forward of input_ids [batch, tokens] of any length.
 
@@ -116,6 +117,7 @@ class RoutedModel(nn.Module):
         ``routing``: "sequence" decides once per row from all its positions (teacher forcing as published);
         "prefix" decides at each position from its own prefix, which is what generation sees.
         ``max_steps``: at most this many passes, whatever the class.
+        ``with_logits=False`` leaves the logits empty: training reads ``states[-1]`` and takes its loss in chunks.
         """
         config = self.config
         pads = input_ids == config.pad_token_id
@@ -141,7 +143,8 @@ class RoutedModel(nn.Module):
         states = [h]
         recur = self._recur_rows if routing == "sequence" else self._recur_positions
         x = recur(h, steps, attend, cos, sin, states)
-        output = RoutedOutput(self.head(x), router_logits, router_class, steps)
+        logits = self.head(x) if with_logits else x.new_empty(0)
+        output = RoutedOutput(logits, router_logits, router_class, steps)
         if return_states:
             output.states = [*states, x]
         if labels is not None:
@@ -180,11 +183,7 @@ class RoutedModel(nn.Module):
         output.lm_loss = masked_mean(losses, valid)
         with torch.no_grad():
             row_loss = losses.sum(1) / valid.sum(1).clamp(min=1)
-            if not self.config.biases:
-                row_loss = row_loss.clamp(max=20.0)  # rlm-198m keeps exp() finite
-            output.sample_ppl = row_loss.exp()
-            low, high = PSEUDO_LABEL_PERPLEXITIES
-            output.pseudo_labels = (output.sample_ppl >= low).long() + (output.sample_ppl >= high).long()
+            output.sample_ppl, output.pseudo_labels = self.pseudo_labels(row_loss)
         logits = output.router_logits
         wide = logits if logits.dtype == torch.float64 else logits.float()
         if wide.dim() == 2:
@@ -194,6 +193,14 @@ class RoutedModel(nn.Module):
             each = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
             output.router_loss = masked_mean(each * real.flatten(), real)
         output.loss = output.lm_loss + self.config.router_loss_weight * output.router_loss
+
+    def pseudo_labels(self, row_loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Perplexity and router class [batch] that rows of these mean losses (nats) teach the router."""
+        if not self.config.biases:
+            row_loss = row_loss.clamp(max=20.0)  # rlm-198m keeps exp() finite
+        perplexity = row_loss.exp()
+        low, high = PSEUDO_LABEL_PERPLEXITIES
+        return perplexity, (perplexity >= low).long() + (perplexity >= high).long()
 
     def _dense_attend(self, pads: Tensor) -> _DenseAttend:
         """Attention under the design's mask; call it with the active rows' indices, None for all."""
