@@ -62,6 +62,7 @@ async def _run(
         )
         if os.environ.get("NO_COLOR") == "":
             del os.environ["NO_COLOR"]  # no-color.org: only a non-empty value counts; Textual counts both
+        _give_size()
         from rlm_chat.tui.app import ChatApp
 
         app = ChatApp(session, settings, notice)
@@ -70,6 +71,21 @@ async def _run(
         if app.return_code or session.problem is None:
             return app.return_code or 0
         return session.problem.exit_code
+
+
+def _give_size() -> None:
+    """Treat a terminal without a size (serial lines, some containers) as 80x24.
+
+    Told nothing, Textual 8.2.8 and Rich choose different heights, and the screen is laid out again without end.
+    """
+    if sys.platform == "win32":
+        return
+    import termios
+
+    with contextlib.suppress(OSError):
+        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+        if not columns or not lines:
+            termios.tcsetwinsize(sys.stdout.fileno(), (24, 80))
 
 
 def _quit_on_signals(app: Any) -> None:

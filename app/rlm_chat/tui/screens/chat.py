@@ -31,7 +31,7 @@ class ChatScreen(Screen[None]):
     """Shows a `Session` and passes on what the person does."""
 
     HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (MIN_SIZE[0], "-wide-enough")]  # noqa: RUF012
-    VERTICAL_BREAKPOINTS = [(0, "-low"), (MIN_SIZE[1], "-short"), (17, "-medium"), (32, "-tall")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (MIN_SIZE[1], "-short"), (17, "-medium"), (28, "-tall")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "Stop", key_display="Esc", id="chat.stop"),
         Binding("ctrl+t", "switch_mode", "Chat/Continue", id="chat.mode"),
