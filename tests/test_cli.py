@@ -208,10 +208,30 @@ def test_published_directory_is_recognised(published: str, tmp_path: Path, capsy
     assert "no tokenizer" in capsys.readouterr().err
 
 
-def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "rlm_chat", *arguments], capture_output=True, timeout=60, check=False, **options
-    )  # type: ignore[call-overload, no-any-return]
+def test_every_line_of_a_file_is_answered(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "one"}, {"prompt": "two words"}, {"text": "three"}, "four"]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    options = ("--model", model, "--max-tokens", "4", "--seed", "5")
+    assert run("complete", "--input", str(file), "--batch", "3", *options) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert [r["index"] for r in records] == [0, 1, 2, 3]
+    assert run("complete", "two words", "--json", "--model", model, "--max-tokens", "4", "--seed", "6") == 0
+    single = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert records[1]["text"] == "".join(t["text"] for t in single[:-1])
+    assert run("chat", "--input", str(file), *options) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+    file.write_text('{"messages": 3}')
+    assert run("chat", "--input", str(file), *options) == 4
+    assert "line 1" in capsys.readouterr().err
+
+
+def test_drafting_does_not_change_the_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("complete", "A tree", "--model", model, "--greedy", "--max-tokens", "12")
+    assert run(*common) == 0
+    plain = capsys.readouterr().out
+    assert run(*common, "--draft-depth", "1") == 0
+    assert capsys.readouterr().out == plain
 
 
 def test_version_and_help_import_nothing_heavy() -> None:

@@ -116,7 +116,7 @@ def test_chat_prompt_and_stop(text_model: Model) -> None:
     list(generation)
     assert text_model.tokenizer is not None
     # typed markers are plain text: 3 special ids at most, those of the format
-    prompt = generation._ids
+    prompt = generation._prompt
     assert [i for i in prompt if i >= 50_256] == [50_257, 50_258]
 
 

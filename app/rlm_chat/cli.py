@@ -69,11 +69,13 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", parents=[common], help="one reply to a prompt, or a plain conversation")
     chat.add_argument("prompt", nargs="?", help="what to say; standard input is read when it is piped")
+    _add_batch_options(chat)
     chat.add_argument("--system", help="a system message put before the conversation")
     chat.set_defaults(run=_run("chat"))
 
     complete = commands.add_parser("complete", parents=[common], help="continue a text with the base model")
     complete.add_argument("text", nargs="?", help="the beginning; standard input is read when it is piped")
+    _add_batch_options(complete)
     complete.set_defaults(run=_run("complete"))
 
     score = commands.add_parser("score", parents=[common], help="how likely the model finds a text, and its depths")
@@ -92,6 +94,19 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--heads", type=int, help="attention heads, when the checkpoint does not tell")
     convert.set_defaults(run=_run("convert"))
     return parser
+
+
+def _add_batch_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--input", type=Path, metavar="FILE", help="answer every line of a JSON Lines file (prompt, or messages)"
+    )
+    command.add_argument("--batch", type=int, default=8, metavar="N", help="lines answered at a time (default 8)")
+    command.add_argument(
+        "--draft-depth",
+        type=int,
+        metavar="N",
+        help="draft tokens at depth N, verify them at full depth: same output, other speed",
+    )
 
 
 def _output_options() -> argparse.ArgumentParser:

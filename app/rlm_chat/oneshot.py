@@ -43,6 +43,8 @@ def chat(options: argparse.Namespace) -> int:
     """`rlm-chat chat`: one reply, or a line-by-line conversation at a terminal without a prompt."""
     from rlm_engine import Sampling
 
+    if options.input is not None:
+        return _answer_file(options, "chat")
     prompt = _prompt(options.prompt)
     sampling = Sampling(**sampling_fields(options))
     system = [{"role": "system", "content": options.system}] if getattr(options, "system", None) else []
@@ -51,7 +53,8 @@ def chat(options: argparse.Namespace) -> int:
     if not prompt.strip():
         raise InputError("the prompt is empty")
     model = _load(options, "chat")
-    _stream(model.chat([*system, {"role": "user", "content": prompt}], sampling, _depth(options)), options)
+    messages = [*system, {"role": "user", "content": prompt}]
+    _stream(model.chat(messages, sampling, _depth(options), speculation=_speculation(options)), options)
     return 0
 
 
@@ -59,6 +62,8 @@ def complete(options: argparse.Namespace) -> int:
     """`rlm-chat complete`: the continuation of a text."""
     from rlm_engine import Sampling
 
+    if options.input is not None:
+        return _answer_file(options, "base")
     text = _prompt(options.text)
     if text is None:
         raise InputError("nothing to continue; give a text or pipe one in")
@@ -66,7 +71,7 @@ def complete(options: argparse.Namespace) -> int:
     depth = _depth(options)
     if not text:
         raise InputError("the text to continue is empty")
-    _stream(_load(options, "base").generate(text, sampling, depth), options)
+    _stream(_load(options, "base").generate(text, sampling, depth, speculation=_speculation(options)), options)
     return 0
 
 
@@ -140,6 +145,68 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _answer_file(options: argparse.Namespace, default: str) -> int:
+    """Every line of --input: a JSON object a line comes out, in input order."""
+    from rlm_engine import Sampling, UsageError
+
+    if options.batch < 1:
+        raise UsageError(f"--batch must be at least 1, got {options.batch}")
+    sampling, depth = Sampling(**sampling_fields(options)), _depth(options)
+    prompts = [
+        _prompt_of_line(line, f"{options.input}, line {number}", default == "chat")
+        for number, line in enumerate(_read(options.input).splitlines(), 1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise InputError(f"{printable(str(options.input))}: holds no prompt")
+    model = _load(options, default)
+    finished: dict[int, Any] = {}
+    printed = 0
+    for completion in model.generate_many(prompts, sampling, depth, rows=options.batch):
+        finished[completion.index] = completion
+        while printed in finished:
+            done = finished.pop(printed)
+            record = {
+                "index": done.index,
+                "text": done.text,
+                "stop_reason": done.stop_reason,
+                "prompt_tokens": done.prompt_tokens,
+                "new_tokens": len(done.tokens),
+                "mean_depth": round(math.fsum(t.depth for t in done.tokens) / max(1, len(done.tokens)), 4),
+                "seed": done.seed,
+            }
+            if options.json:
+                record["tokens"] = [token.to_json() for token in done.tokens]
+            _print_json(record)
+            sys.stdout.flush()
+            printed += 1
+    return 0
+
+
+def _prompt_of_line(line: str, where: str, chat: bool) -> Any:
+    """A line's prompt: {"prompt": text} (or "text"), or {"messages": [...]}, or a JSON text."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise InputError(f"{printable(where)}: not JSON") from None
+    if isinstance(record, dict):
+        record = record.get("messages", record.get("prompt", record.get("text")))
+    if isinstance(record, str):
+        return [{"role": "user", "content": record}] if chat else record
+    if chat and isinstance(record, list) and record:
+        return record
+    wanted = '"prompt" or "messages"' if chat else '"prompt"'
+    raise InputError(f"{printable(where)}: needs {wanted}")
+
+
+def _speculation(options: argparse.Namespace) -> Any:
+    if options.draft_depth is None:
+        return None
+    from rlm_engine import Speculation
+
+    return Speculation(options.draft_depth)
+
+
 def _converse(options: argparse.Namespace, sampling: Any, system: list[dict[str, str]]) -> int:
     """A plain conversation, one line a turn: for screen readers, logs and terminals that can do no better."""
     model = _load(options, "chat")
@@ -154,7 +221,7 @@ def _converse(options: argparse.Namespace, sampling: Any, system: list[dict[str,
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        generation = model.chat(messages, sampling, _depth(options))
+        generation = model.chat(messages, sampling, _depth(options), speculation=_speculation(options))
         said: list[str] = []
         with contextlib.suppress(KeyboardInterrupt):
             _stream(generation, options, said)

@@ -14,14 +14,16 @@ from rlm_engine.errors import EngineError, InputError, ModelError, UsageError
 from rlm_engine.version import __version__
 
 if TYPE_CHECKING:
+    from rlm_engine.batch import Completion as Completion
     from rlm_engine.decoding.interface import Depth as Depth
-    from rlm_engine.generate import Generation as Generation
     from rlm_engine.generate import LensStep as LensStep
     from rlm_engine.generate import Model as Model
     from rlm_engine.generate import Scored as Scored
-    from rlm_engine.generate import Summary as Summary
     from rlm_engine.generate import bundled_models as bundled_models
     from rlm_engine.generate import load_model as load_model
+    from rlm_engine.generation import Generation as Generation
+    from rlm_engine.generation import Speculation as Speculation
+    from rlm_engine.generation import Summary as Summary
     from rlm_engine.sampling import Sampling as Sampling
     from rlm_engine.trace import Alternative as Alternative
     from rlm_engine.trace import Token as Token
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
 
 # Imported on first use: `import rlm_engine` (and with it `rlm-chat --version`) must not load numpy or tokenizers.
 _LAZY = {
+    "Completion": "batch",
     "Depth": "decoding.interface",
-    "Generation": "generate",
+    "Generation": "generation",
     "LensStep": "generate",
     "Model": "generate",
     "Scored": "generate",
-    "Summary": "generate",
+    "Speculation": "generation",
+    "Summary": "generation",
     "bundled_models": "generate",
     "load_model": "generate",
     "Sampling": "sampling",

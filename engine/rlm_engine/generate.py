@@ -5,48 +5,29 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlm_engine.batch import Completion, Job, run_jobs
 from rlm_engine.chat import fit_conversation, stop_ids_and_texts
 from rlm_engine.config import ActConfig, BlendConfig, ModelConfig, RoutedConfig
 from rlm_engine.decoding.interface import Backend, Decoder, Depth
-from rlm_engine.detokenize import StreamDecoder
 from rlm_engine.errors import InputError, ModelError, UsageError
-from rlm_engine.sampling import Sampler, Sampling, log_softmax, top_alternatives
-from rlm_engine.stopping import StopStrings
+from rlm_engine.generation import Generation, Speculation
+from rlm_engine.reply import Ending, Reply
+from rlm_engine.sampling import Sampling, log_softmax, top_alternatives
 from rlm_engine.tokenizer import Tokenizer, load_tokenizer
-from rlm_engine.trace import Alternative, Token, TokenTrace
+from rlm_engine.trace import Alternative
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SCORE_CHUNK = 256  # tokens whose logits are held at once
 BUNDLED = Path(__file__).parent / "assets" / "models"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a generation went.
-
-    ``stop_reason``: "end_of_turn" (the model ended by itself), "stop_string", "max_tokens" or "cancelled".
-    ``dropped_tokens``: tokens of the conversation the model no longer saw at the end, whether whole messages were left
-    out beforehand or the window moved on.
-    """
-
-    stop_reason: str
-    prompt_tokens: int
-    new_tokens: int
-    dropped_tokens: int
-    prefill_s: float
-    decode_s: float
-    mean_depth: float
-    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -70,127 +51,6 @@ class LensStep:
     depth: int
     halting: float | None
     top: tuple[Alternative, ...]
-
-
-class Generation:
-    """The tokens of one reply, one by one; `summary` is complete once it has ended.
-
-    `depth` may be set while it runs and applies from the next token on. Closing it early counts as "cancelled".
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        ids: list[int],
-        sampling: Sampling,
-        depth: Depth,
-        stop_ids: frozenset[int],
-        stops: tuple[str, ...],
-        alternatives: int,
-        dropped: int,
-    ):
-        self._decoder = model.new_decoder(depth)
-        self._model, self._ids, self._sampling = model, ids, sampling
-        self._stop_ids, self._alternatives, self._left_out = stop_ids, alternatives, dropped
-        self._sampler = Sampler(sampling)
-        self._stops = StopStrings((*stops, *sampling.stop))
-        self._reason, self._new, self._depths = "cancelled", 0, 0.0
-        self._prefill_s = self._decode_s = 0.0
-        self._tokens = self._run()
-
-    def __iter__(self) -> Iterator[Token]:
-        return self
-
-    def __next__(self) -> Token:
-        return next(self._tokens)
-
-    def close(self) -> None:
-        """Stop generating."""
-        self._tokens.close()
-
-    @property
-    def depth(self) -> Depth:
-        """The depth budget of the tokens to come."""
-        return self._decoder.depth
-
-    @depth.setter
-    def depth(self, depth: Depth) -> None:
-        self._decoder.depth = depth
-
-    @property
-    def summary(self) -> Summary:
-        """How it went so far."""
-        return Summary(
-            stop_reason=self._reason,
-            prompt_tokens=len(self._ids),
-            new_tokens=self._new,
-            dropped_tokens=self._left_out + self._decoder.dropped(0),
-            prefill_s=self._prefill_s,
-            decode_s=self._decode_s,
-            mean_depth=self._depths / self._new if self._new else 0.0,
-            seed=None if self._sampling.is_greedy else self._sampler.seed,
-        )
-
-    def _run(self) -> Generator[Token, None, None]:
-        """Every token is yielded as soon as its text is certain; one whose text is held back waits for the next."""
-        if self._sampling.max_tokens == 0:
-            self._reason = "max_tokens"
-            return
-        texts = StreamDecoder(self._model.tokenizer) if self._model.tokenizer is not None else None
-        waiting: list[Token] = []
-        for token in self._choose():
-            text, hit = self._stops.push(texts.push(token.id) if texts else f"{token.id} ")
-            if hit:
-                self._reason = "stop_string"
-                if text or not waiting:
-                    waiting.append(replace(token, text=text))
-                break
-            if text:
-                yield from waiting
-                waiting = []
-                yield replace(token, text=text)
-            else:
-                waiting.append(token)
-        if not self._stops.hit:
-            text, hit = self._stops.push(texts.flush() if texts else "")
-            text += self._stops.flush()
-            if hit or self._stops.hit:
-                self._reason = "stop_string"
-            if waiting and text:
-                waiting[-1] = replace(waiting[-1], text=text)
-        yield from waiting
-
-    def _choose(self) -> Iterator[Token]:
-        """Prefill, then decode: tokens with empty text."""
-        limit, history = self._sampling.max_tokens, list(self._ids)
-        started = time.perf_counter()
-        result = self._decoder.feed([self._ids])
-        self._prefill_s = time.perf_counter() - started
-        while True:
-            started = time.perf_counter()
-            logits, trace = result.logits[0], result.traces[0]
-            chosen = self._sampler.choose(logits, history)
-            if chosen in self._stop_ids:
-                self._reason = "end_of_turn"
-                return
-            token = self._token(chosen, logits, trace)
-            self._new += 1
-            self._depths += token.depth
-            if self._new == limit:
-                self._reason = "max_tokens"
-            self._decode_s += time.perf_counter() - started
-            yield token
-            if self._new == limit:
-                return
-            started = time.perf_counter()
-            history.append(chosen)
-            result = self._decoder.feed([[chosen]])
-            self._decode_s += time.perf_counter() - started
-
-    def _token(self, chosen: int, logits: np.ndarray, trace: TokenTrace) -> Token:
-        logprob = float(log_softmax(logits)[chosen])
-        alternatives = self._model.alternatives(logits, self._alternatives) if self._alternatives else ()
-        return Token(chosen, "", logprob, trace.depth, trace.halting, alternatives, trace)
 
 
 class Model:
@@ -242,15 +102,17 @@ class Model:
         depth: Depth | None = None,
         *,
         alternatives: int = 0,
+        speculation: Speculation | None = None,
     ) -> Generation:
-        """Continue a text or token ids. ``alternatives``: how many other candidates each token reports.
+        """Continue a text or token ids. ``alternatives``: how many of the likeliest tokens each token reports.
 
         Raises InputError when the prompt is empty, longer than the context, or not encodable; UsageError when
         stop strings are asked of a model without tokenizer.
         """
         ids = self.encode(prompt)
         self._check_length(ids)
-        return self._generation(ids, sampling, depth, frozenset({self.config.eos_token_id}), (), alternatives, 0)
+        ending = Ending(frozenset({self.config.eos_token_id}))
+        return self._generation(ids, self._reply(ids, sampling, ending, alternatives), depth, 0, speculation)
 
     def chat(
         self,
@@ -259,22 +121,43 @@ class Model:
         depth: Depth | None = None,
         *,
         alternatives: int = 0,
+        speculation: Speculation | None = None,
     ) -> Generation:
         """Write the assistant's next turn; ends with the turn.
 
         When the conversation is longer than the context the oldest exchanges are left out (`Summary.dropped_tokens`).
         Raises ModelError when the model has no chat format, InputError when the newest message alone does not fit.
         """
-        chat_format, tokenizer = self.config.chat_format, self.tokenizer
-        if chat_format is None or tokenizer is None:
-            raise ModelError(f"model {self.name!r} has no chat format; it can continue text (`rlm-chat complete`)")
-        # leave the reply some room before the beginning of the conversation leaves the window
-        room = max(16, self.config.context_length // 4)
-        everything, _ = fit_conversation(messages, tokenizer, chat_format, 1 << 30)
-        ids, _ = fit_conversation(messages, tokenizer, chat_format, max(1, self.config.context_length - room))
-        stop_ids, texts = stop_ids_and_texts(tokenizer, chat_format)
-        stop_ids |= {self.config.eos_token_id}
-        return self._generation(ids, sampling, depth, stop_ids, texts, alternatives, len(everything) - len(ids))
+        ids, left_out, ending = self._conversation(messages)
+        reply = self._reply(ids, sampling, ending, alternatives)
+        return self._generation(ids, reply, depth, left_out, speculation)
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int] | Sequence[Mapping[str, str]]],
+        sampling: Sampling | None = None,
+        depth: Depth | None = None,
+        *,
+        rows: int = 8,
+    ) -> Iterator[Completion]:
+        """Answer many prompts, ``rows`` at a time; yields completions as they end.
+
+        A prompt is a text or token ids to continue, or a list of messages to answer. Prompt i is sampled with
+        seed + i. Errors as for `generate` and `chat`, raised before anything is computed.
+        """
+        sampling = sampling or Sampling()
+        jobs = []
+        for index, prompt in enumerate(prompts):
+            mine = sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + index) % 2**63)
+            if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], int):
+                ids, _, ending = self._conversation(prompt)  # type: ignore[arg-type]
+            else:
+                ids, ending = self.encode(prompt), Ending(frozenset({self.config.eos_token_id}))  # type: ignore[arg-type]
+                self._check_length(ids)
+            jobs.append(Job(index, ids, self._reply(ids, mine, ending, 0)))
+        if not jobs:
+            return iter(())
+        return run_jobs(self.new_decoder(depth, min(rows, len(jobs))), jobs)
 
     def score(self, text: str | Sequence[int], depth: Depth | None = None) -> Scored:
         """Log-probability and depth of every token given those before it (teacher-forced, routers see the prefix).
@@ -339,7 +222,9 @@ class Model:
         return ids
 
     def alternatives(self, logits: np.ndarray, count: int) -> tuple[Alternative, ...]:
-        """The most likely next tokens under the plain softmax."""
+        """The ``count`` most likely next tokens under the plain softmax."""
+        if not count:
+            return ()
         ids, logprobs = top_alternatives(logits, count)
         return tuple(Alternative(int(i), self.token_text(int(i)), float(p)) for i, p in zip(ids, logprobs, strict=True))
 
@@ -357,20 +242,30 @@ class Model:
         if len(ids) > limit:
             raise InputError(f"the prompt has {len(ids)} tokens, the model's context holds {limit}; shorten it")
 
-    def _generation(
-        self,
-        ids: list[int],
-        sampling: Sampling | None,
-        depth: Depth | None,
-        stop_ids: frozenset[int],
-        stops: tuple[str, ...],
-        alternatives: int,
-        dropped: int,
-    ) -> Generation:
+    def _conversation(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], int, Ending]:
+        """Ids of what fits of a conversation, how many tokens were left out, and what ends the reply."""
+        chat_format, tokenizer = self.config.chat_format, self.tokenizer
+        if chat_format is None or tokenizer is None:
+            raise ModelError(f"model {self.name!r} has no chat format; it can continue text (`rlm-chat complete`)")
+        # leave the reply some room before the beginning of the conversation leaves the window
+        room = max(16, self.config.context_length // 4)
+        everything, _ = fit_conversation(messages, tokenizer, chat_format, 1 << 30)
+        ids, _ = fit_conversation(messages, tokenizer, chat_format, max(1, self.config.context_length - room))
+        stop_ids, texts = stop_ids_and_texts(tokenizer, chat_format)
+        return ids, len(everything) - len(ids), Ending(stop_ids | {self.config.eos_token_id}, texts)
+
+    def _reply(self, ids: list[int], sampling: Sampling | None, ending: Ending, alternatives: int) -> Reply:
         sampling = sampling or Sampling()
         if sampling.stop and self.tokenizer is None:
             raise UsageError(f"model {self.name!r} has no tokenizer, so stop strings cannot be found")
-        return Generation(self, ids, sampling, depth or Depth(), stop_ids, stops, alternatives, dropped)
+        return Reply(ids, sampling, ending, self.tokenizer, lambda logits: self.alternatives(logits, alternatives))
+
+    def _generation(
+        self, ids: list[int], reply: Reply, depth: Depth | None, dropped: int, speculation: Speculation | None
+    ) -> Generation:
+        if speculation is not None:
+            speculation = replace(speculation, limit=min(speculation.limit, self.config.context_length))
+        return Generation(self.new_decoder(depth), ids, reply, dropped, speculation)
 
 
 def bundled_models() -> list[str]:

@@ -128,6 +128,26 @@ class Sampler:
         point = min(self._random.random() * total, np.nextafter(total, 0.0))
         return int(ids[np.searchsorted(cumulative, point, side="right")])
 
+    def draw(self, probabilities: np.ndarray) -> int:
+        """Draw from a distribution [V]; the likeliest when greedy."""
+        if self.sampling.is_greedy:
+            return int(probabilities.argmax())
+        cumulative = np.cumsum(probabilities)
+        point = min(self._random.random() * cumulative[-1], np.nextafter(cumulative[-1], 0.0))
+        return int(np.searchsorted(cumulative, point, side="right"))
+
+    def verify(self, token: int, true: np.ndarray, guessed: np.ndarray) -> int | None:
+        """Speculative sampling's rule (Leviathan et al. 2023, section 2.3) for a token drawn from ``guessed`` [V].
+
+        None when it stands, else the token to take instead; either way the outcome is distributed as ``true`` [V].
+        """
+        if self.sampling.is_greedy:
+            best = int(true.argmax())
+            return None if token == best else best
+        if self._random.random() * guessed[token] < true[token]:
+            return None
+        return self.draw(np.maximum(true - guessed, 0.0))
+
     def _filter(self, logits: np.ndarray, history: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that remain, ids rising int64 [n], and their weights float64 [n], the largest being 1.
 

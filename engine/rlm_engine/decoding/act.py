@@ -72,6 +72,8 @@ class ActDecoder:
         """Forget the row's tokens from `length` on; False when tokens it would see again have left the cache."""
         if length > self._lengths[row]:
             return False
+        if length == 0:
+            self._bases[row] = 0
         if self._bases[row] > max(0, length - (self.config.context_length - 1)):
             return False
         self._lengths[row] = length
