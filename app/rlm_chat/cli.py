@@ -82,6 +82,19 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("file", help="a text file, or - for standard input")
     score.set_defaults(run=_run("score"))
 
+    bench = commands.add_parser("bench", parents=[_output_options()], help="how fast a model runs on this machine")
+    bench.add_argument(
+        "--model", metavar="NAME", default=argparse.SUPPRESS, help="a bundled model or a model directory"
+    )
+    bench.add_argument(
+        "--backends", metavar="LIST", help="of torch, torch-bf16, onnx, with commas between (default: what is there)"
+    )
+    bench.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="length of the prompt (default 32)")
+    bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens after it (default 128)")
+    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds, taken in turns (default 3)")
+    bench.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # one backend, driven through pipes
+    bench.set_defaults(run=_run("bench", "rlm_chat.bench"))
+
     models = commands.add_parser("models", parents=[_output_options()], help="the models that came with the program")
     models.set_defaults(run=_run("models"))
 
@@ -150,13 +163,13 @@ def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
-def _run(name: str):  # type: ignore[no-untyped-def]
-    """A command of `oneshot`, imported only when it runs."""
+def _run(name: str, module: str = "rlm_chat.oneshot"):  # type: ignore[no-untyped-def]
+    """A command's function, imported only when it runs."""
 
     def run(options: argparse.Namespace) -> int:
-        from rlm_chat import oneshot
+        from importlib import import_module
 
-        return int(getattr(oneshot, name)(_with_defaults(options)))
+        return int(getattr(import_module(module), name)(_with_defaults(options)))
 
     return run
 
