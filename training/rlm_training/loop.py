@@ -1,4 +1,10 @@
-"""The training loop of every stage: a stage brings its data, everything else is here."""
+"""The training loop of every stage and design: a stage brings data and objective, everything else is here.
+
+metrics.jsonl has a line per step: step, loss (nats per token; DPO: its loss), depth and depth_std (over the tokens
+that count), depth_histogram (tokens at depth 0, 1, ...), budget, price, lr_scale, grad_norm, tokens, tokens_per_s,
+mfu (against the measured matrix-product rate), heldout {source: nats per token} where it was validated, and what the
+design and the stage add (ponder, gate_loss, router_loss, computation_loss; accuracy, margin, chosen_loss).
+"""
 
 from __future__ import annotations
 
@@ -6,32 +12,34 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlm_engine.checkpoint import write_model_directory
+from rlm_engine.config import ModelConfig
 from rlm_engine.errors import UsageError
-from rlm_engine.models.act import ActModel, ActOutput
-from rlm_training.losses import SampledVocabulary, head_cross_entropy
+from rlm_training import runs, sharding
+from rlm_training.act_design import Act
+from rlm_training.averaging import WeightAverage
+from rlm_training.compute import training_flops
+from rlm_training.designs import Plan
+from rlm_training.display import Display, Silent
+from rlm_training.distributed import Objective, World, add_up, barrier, gradients_stay, whole_tensors, wrap
+from rlm_training.losses import SampledVocabulary
+from rlm_training.micro import Micro, Steps
 from rlm_training.optim import HybridOptimizer
 from rlm_training.recipe import Recipe
-from rlm_training.runs import Metrics, load_checkpoint, save_checkpoint
-from rlm_training.stream import Batch
 
 MAX_SKIPPED_STEPS = 20  # non-finite or exploding losses in a row before the run is stopped
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Batches(Protocol):
-    """Data of a stage, addressed by step."""
-
-    def batch(self, step: int, sequence: int) -> Batch: ...
-
-
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  (not an error)
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its checkpoint."""
 
 
@@ -41,165 +49,266 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        model: ActModel,
-        batches: Batches,
+        objective: Objective,
+        data: Steps,
         steps: int,
         folder: Path,
+        config: ModelConfig,
+        world: World | None = None,
         *,
+        heldout: dict[str, Micro] | None = None,
         token_counts: Tensor | None = None,
-        heldout: dict[str, np.ndarray] | None = None,
-        report: Callable[[dict[str, Any]], None] | None = None,
+        display: Display | None = None,
+        matmul_rate: float = 0.0,
     ):
-        self.recipe, self.model, self.batches, self.steps, self.folder = recipe, model, batches, steps, folder
-        self._heldout, self._report = heldout or {}, report
-        train = recipe.train
-        frozen = ("embedding.weight",) if train.freeze_embedding else ()
-        self.optimizer = HybridOptimizer(model, recipe.optim, frozen)
-        self._dense_step: Any = torch.compile(model.dense_step, dynamic=False) if train.compile else None
+        """``config`` is written with exported models; ``matmul_rate``: FLOP/s, for the utilisation (0: not shown)."""
+        self.recipe, self.objective, self.steps, self.folder = recipe, objective, steps, folder
+        self._config, self._data, self._heldout = config, data, heldout or {}
+        self._world = world or World()
+        self._display, self._matmul_rate = display or Silent(), matmul_rate
+        train, device = recipe.train, self._world.device
+        self._model, self._design = objective.model, objective.design
+        if train.freeze_embedding:
+            _token_table(self._model).requires_grad_(False)
+        slices = train.slices(self._world.size)
+        own = slices // self._world.size
+        self._slices, self._own = slices, range(self._world.rank * own, (self._world.rank + 1) * own)
+        self._wrapped = wrap(objective, self._world, train.fsdp)
+        scaler = torch.amp.GradScaler(device.type) if train.precision == "float16" else None
+        self._scaler, self.optimizer = scaler, HybridOptimizer(self._model, recipe.optim, scaler)
+        self._average = WeightAverage(self._model, train.average) if train.average else None
         self._sampled: SampledVocabulary | None = None
         if train.sampled_vocabulary and token_counts is not None:
             frequent = int(train.sampled_vocabulary * 0.7)
             self._sampled = SampledVocabulary(token_counts, frequent, train.sampled_vocabulary - frequent)
-        self._stop = False
+        self._gate_step = recipe.ponder.gate_step(steps) if isinstance(self._design, Act) else steps
+        self._frozen = self._stop = False
+        self._usual_loss = self._best = math.inf
 
     def run(self, resume: bool) -> dict[str, Any]:
         """Train to the end; returns the last metrics. Raises Interrupted after saving when asked to stop."""
-        state = load_checkpoint(self.folder) if resume else None
-        start = 0
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            start = state["step"]
-        metrics = Metrics(self.folder, start)
-        last: dict[str, Any] = {}
+        start = self._restore() if resume else 0
+        leads = self._world.leads
+        metrics = runs.Metrics(self.folder, start, self.recipe.train.tensorboard) if leads else None
+        last: dict[str, Any] = {"step": start}
         skipped, saved_at = 0, time.monotonic()
-        usual_loss = math.inf if state is None else state["usual_loss"]
-        with self._signals():
+        self._model.train()
+        with self._signals(), self._display.running(start, self.steps):
             for step in range(start, self.steps):
                 began = time.monotonic()
-                values = self._step(step, usual_loss)
+                overdue = began - saved_at > 60 * self.recipe.train.checkpoint_minutes
+                values, (stop, save_now) = self._step(step, [float(self._stop), float(overdue and leads)])
                 if values is None:
                     skipped += 1
-                    if skipped > MAX_SKIPPED_STEPS:
-                        raise UsageError(
-                            f"{self.folder}: the loss was not finite or exploded {skipped} times in a row at step "
-                            f"{step}; resume from the checkpoint with a lower learning rate (--set optim.lr=...)"
-                        )
-                    continue
-                skipped = 0
-                usual_loss = values["loss"] if usual_loss == math.inf else 0.98 * usual_loss + 0.02 * values["loss"]
-                values["tokens_per_s"] = round(values["tokens"] / (time.monotonic() - began), 1)
-                every = self.recipe.train.validate_every
-                if self._heldout and every and ((step + 1) % every == 0 or step + 1 == self.steps):
-                    values["heldout"] = self._validate()
-                metrics.write(values)
-                last = values
-                if self._report:
-                    self._report(values)
-                overdue = time.monotonic() - saved_at > 60 * self.recipe.train.checkpoint_minutes
-                if overdue or self._stop or step + 1 == self.steps:
-                    self._save(step + 1, usual_loss)
+                    self._display.note(f"step {step}: the loss was not finite or exploded; no update")
+                    self._give_up_after(skipped, step)
+                else:
+                    skipped, last = 0, values
+                    self._add_speed(values, time.monotonic() - began)
+                    if self._is_validation(step):
+                        values["heldout"] = self._validate()
+                    if metrics is not None:
+                        metrics.write(values)
+                    self._display.step(values)
+                if save_now or stop or step + 1 == self.steps:
+                    self._save(step + 1)
                     saved_at = time.monotonic()
-                if self._stop and step + 1 < self.steps:
+                if stop and step + 1 < self.steps:
                     raise Interrupted
         return last
 
-    def _step(self, step: int, usual_loss: float) -> dict[str, Any] | None:
-        recipe, train = self.recipe, self.recipe.train
-        batch = self.batches.batch(step, train.sequence)
-        depth = self._depth_budget(step)
-        price = recipe.ponder.price_at(step, self.steps)
-        weights = torch.from_numpy(batch.weights).flatten()
-        with self._autocast():
-            output = self._forward(batch, depth)
-            loss, losses = self._loss(output, batch, weights, step)
-            ponder = output.ponder_cost
-            total = loss + price * ponder
-        if not torch.isfinite(total) or float(loss.detach()) > 2.0 * usual_loss + 1.0:
+    def export(self, target: Path, config: ModelConfig) -> None:
+        """Write the model, averaged if the recipe averages, as a model directory."""
+        with self._average.applied() if self._average is not None else contextlib.nullcontext():
+            tensors = whole_tensors(self._model)
+            if self._world.leads:
+                write_model_directory(target, config, tensors)
+            barrier(self._world)
+
+    def _step(self, step: int, flags: list[float]) -> tuple[dict[str, Any] | None, tuple[float, float]]:
+        """One update. Returns what it measured (None when it was left out) and the flags summed over all processes."""
+        recipe, world = self.recipe, self._world
+        if step >= self._gate_step and not self._frozen:
+            self._freeze_trunk()
+        plan = self._plan(step)
+        micros = self._data.micros(step, self._slices, self._own, world.device)
+        statistics = []
+        for micro in micros:
+            # dropout: the same whatever process computes this slice, whenever
+            torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 65_537 + micro.index)
+            with gradients_stay(self._wrapped, micro is not micros[-1]):
+                with self._autocast():
+                    loss, measured = self._wrapped(micro, plan)
+                loss = loss * world.size  # DDP and FSDP average over processes; the slices are shares of a sum
+                (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            statistics.append(measured)
+        sums, (stop, save) = add_up(statistics, flags, world)
+        scale = recipe.schedule.scale(step, self._gate_step) if step < self._gate_step else 1.0
+        norm: float | None = None
+        if math.isfinite(sums["total"]) and sums["loss"] <= 2.0 * self._usual_loss + 1.0:
+            norm = self.optimizer.step(scale, recipe.schedule.beta1(step, self._gate_step))
+        if norm is None:
             self.optimizer.skip()
-            return None
-        total.backward()  # type: ignore[no-untyped-call]
-        scale = recipe.schedule.scale(step, self.steps)
-        norm = self.optimizer.step(scale)
-        depths = output.depth.flatten()[weights > 0].float()
+            if isinstance(self._design, Act):
+                self._design.segments.clear()  # what a failed step remembered is not worth keeping
+            return None, (stop, save)
+        if self._average is not None:
+            self._average.update()
+        usual, loss_now = self._usual_loss, sums["loss"]
+        self._usual_loss = loss_now if usual == math.inf else 0.98 * usual + 0.02 * loss_now
+        return self._values(plan, sums, scale, norm), (stop, save)
+
+    def _values(self, plan: Plan, sums: dict[str, Any], scale: float, norm: float) -> dict[str, Any]:
+        histogram = [int(n) for n in sums.pop("depth_histogram")]
+        counted = max(sum(histogram), 1)
+        mean = sums.pop("depth") / counted
+        variance = max(sums.pop("depth_squared") / counted - mean * mean, 0.0)
+        loss = sums.pop("loss")
+        sums.pop("total")
+        pairs = 2 if self.recipe.stage == "dpo" else 1
         return {
-            "step": step,
-            "loss": round(float((losses * weights).sum() / weights.sum()), 5),
-            "depth": round(float(depths.mean()), 3),
-            "depth_std": round(float(depths.std(unbiased=False)), 3),
-            "budget": depth,
-            "price": round(price, 6),
+            "step": plan.step,
+            "loss": loss,
+            "depth": round(mean, 3),
+            "depth_std": round(math.sqrt(variance), 3),
+            "depth_histogram": histogram,
+            "budget": plan.budget or self._design.deepest,
+            "price": round(plan.price, 6),
             "lr_scale": round(scale, 5),
             "grad_norm": round(norm, 4),
-            "tokens": batch.inputs.size,
+            "tokens": self.recipe.train.rows * self.recipe.train.sequence * pairs,
+            **{name: round(value, 6) for name, value in sums.items()},
         }
 
-    def _forward(self, batch: Batch, depth: int) -> ActOutput:
-        mask = None
-        if batch.documents is not None:
-            documents = torch.from_numpy(batch.documents)
-            mask = (documents[:, :, None] == documents[:, None, :])[:, None]
-        return self.model(
-            torch.from_numpy(batch.inputs), document_mask=mask, max_steps=depth, dense_step=self._dense_step
-        )
+    def _add_speed(self, values: dict[str, Any], seconds: float) -> None:
+        values["tokens_per_s"] = round(values["tokens"] / seconds, 1)
+        if self._matmul_rate:
+            act = isinstance(self._design, Act)
+            flops = training_flops(
+                self.recipe, values["budget"] if act else values["depth"], values["step"], self.steps
+            )
+            rate = self._matmul_rate * self._world.size
+            values["mfu"] = round(flops * values["tokens"] / seconds / rate, 4)
 
-    def _loss(self, output: ActOutput, batch: Batch, weights: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        targets = torch.from_numpy(batch.targets).flatten()
-        hidden = output.hidden.flatten(0, 1)
-        table, offset = self.model.embedding.weight, None
-        if self._sampled is not None and step < self.recipe.train.full_softmax_from * self.steps:
-            generator = torch.Generator().manual_seed(self.recipe.train.seed * 1_000_003 + step)
-            ids, targets, offset = self._sampled.draw(targets, generator)
-            table = table[ids]
-        return head_cross_entropy(
-            hidden,
-            table,
-            targets,
-            weights / weights.sum(),
-            offset=offset,
-            cap=self.model.config.logit_softcap,
-            compiled=self.recipe.train.compile,
-        )
+    def _plan(self, step: int) -> Plan:
+        vocabulary = self._draw_vocabulary(step)
+        if not isinstance(self._design, Act):
+            return Plan(step, vocabulary=vocabulary)
+        ponder = self.recipe.ponder
+        budget, gate = self._depth_budget(step), None
+        if step >= self._gate_step:
+            budget = ponder.max_steps(step, self.steps)
+            rng = np.random.default_rng([self.recipe.train.seed, 4, step])
+            gate = int(rng.integers(self._design.model.config.min_steps, max(budget, 3)))
+        memory = ponder.memory_tokens(step, self.steps)
+        return Plan(step, budget, ponder.price_at(step, self.steps), memory, gate, vocabulary)
 
     def _depth_budget(self, step: int) -> int:
         """Recurrences of this step: the growth schedule, sometimes a random earlier stop."""
-        most = self.recipe.ponder.max_steps(step, self.steps)
+        ponder = self.recipe.ponder
+        most = ponder.max_steps(step, self.steps)
         rng = np.random.default_rng([self.recipe.train.seed, 3, step])
-        if most > 3 and rng.random() < self.recipe.ponder.random_stop:
+        if most > 3 and rng.random() < ponder.random_stop:
             return int(rng.integers(3, most))
         return most
 
+    def _draw_vocabulary(self, step: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self._sampled is None or step >= self.recipe.train.full_softmax_from * self.steps:
+            return None
+        # the whole batch's targets, so that all its slices compete against the same ids
+        everything = self._data.micros(step, self._slices, range(self._slices), torch.device("cpu"))
+        targets = torch.cat([micro.targets.flatten() for micro in everything])
+        generator = torch.Generator().manual_seed(self.recipe.train.seed * 1_000_003 + step)
+        ids, places, offset = self._sampled.draw(targets, generator)
+        device = self._world.device
+        return ids.to(device), places.to(device), offset.to(device)
+
+    def _freeze_trunk(self) -> None:
+        assert isinstance(self._design, Act)
+        self._design.freeze_trunk()
+        self._wrapped = wrap(self.objective, self._world, fsdp=False)  # DDP must learn which gradients will come
+        self._frozen = True
+
+    def _is_validation(self, step: int) -> bool:
+        every = self.recipe.train.validate_every
+        return bool(self._heldout and every and ((step + 1) % every == 0 or step + 1 == self.steps))
+
     def _validate(self) -> dict[str, float]:
-        """Mean loss in nats per held-out domain at the depth of now."""
+        """Mean loss in nats per token of every held-out source, teacher-forced, at the depth of now.
+
+        The weights with the lowest mean so far are kept as a model directory, `best`.
+        """
+        plan = Plan(self.steps)
+        if isinstance(self._design, Act):
+            plan = Plan(self.steps, budget=self.recipe.ponder.max_steps(self.steps - 1, self.steps))
         result = {}
-        with torch.no_grad(), self._autocast():
-            for name, rows in self._heldout.items():
-                ids = torch.from_numpy(rows)
-                output = self.model(ids[:, :-1], max_steps=self.recipe.ponder.max_steps(self.steps - 1, self.steps))
-                logits = self.model.head(output.hidden).float()
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-                result[name] = round(float(loss), 4)
+        self._model.eval()
+        averaged = self._average.applied() if self._average is not None else contextlib.nullcontext()
+        with averaged, torch.no_grad(), self._autocast():
+            for name, micro in self._heldout.items():
+                result[name] = round(float(self.objective(micro, plan)[1]["loss"]), 4)
+        self._model.train()
+        mean = sum(result.values()) / len(result)
+        if mean < self._best:
+            self._best = mean
+            self.export(self.folder / "best", self._config)
         return result
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.recipe.train.precision == "bfloat16":
-            return torch.autocast("cpu", torch.bfloat16)
-        return contextlib.nullcontext()
+    def _give_up_after(self, skipped: int, step: int) -> None:
+        if skipped > MAX_SKIPPED_STEPS:
+            raise UsageError(
+                f"{self.folder}: the loss was not finite or exploded {skipped} times in a row up to step {step}; "
+                "resume from the checkpoint with a lower learning rate (--resume --set optim.lr=...)"
+            )
 
-    def _save(self, step: int, usual_loss: float) -> None:
-        state = {
-            "step": step,
-            "usual_loss": usual_loss,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        save_checkpoint(self.folder, state)
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = AUTOCAST.get(self.recipe.train.precision)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self._world.device.type, dtype)
+
+    def _save(self, step: int) -> None:
+        world, progress = self._world, {"usual_loss": self._usual_loss, "best": self._best}
+        if isinstance(self._design, Act):
+            runs.save_memories(self.folder, step, world.rank, self._design.state_dict())
+        barrier(world)
+        average = self._average.state_dict() if self._average is not None else None
+        if self.recipe.train.fsdp:
+            sharding.save(self.folder, step, progress, self.objective, self.optimizer, average, world)
+        elif world.leads:
+            state = {"step": step, **progress, "average": average}
+            state |= {"model": self._model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            runs.save_checkpoint(self.folder, step, state)
+        if world.leads:
+            runs.prune(self.folder, self.recipe.train.keep)
+        barrier(world)
+
+    def _restore(self) -> int:
+        """Load the newest checkpoint; returns the step to go on with (0 when there is none)."""
+        state: dict[str, Any] | None
+        if self.recipe.train.fsdp:
+            average = self._average.state_dict() if self._average is not None else None
+            state = sharding.load(self.folder, self.objective, self.optimizer, average)
+        else:
+            state = runs.load_checkpoint(self.folder)
+            if state is not None:
+                self._model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+        if state is None:
+            return 0
+        if self._average is not None and state.get("average") is not None:
+            self._average.load_state_dict(state["average"])
+        self._usual_loss, self._best = state["usual_loss"], state.get("best", math.inf)
+        step = int(state["step"])
+        if isinstance(self._design, Act):
+            self._design.load_state_dict(runs.load_memories(self.folder, step), self._world.device)
+        return step
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM finish the step, save and stop."""
+        """SIGINT and SIGTERM finish the step, save and stop; a second SIGINT stops at once."""
 
-        def stop(*_: object) -> None:
+        def stop(number: int, _: object) -> None:
+            if self._stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
             self._stop = True
 
         previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -208,3 +317,11 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _token_table(model: torch.nn.Module) -> torch.nn.Parameter:
+    """The table of token embeddings: the first embedding of every design."""
+    tables = (module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    table = next(tables)
+    assert isinstance(table, torch.nn.Parameter)
+    return table

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def _chunk(
@@ -44,24 +45,32 @@ class _HeadCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        # A token's share of the loss may be 1e-6: float16 could not hold its gradient. The largest share becomes 1
+        # here and is multiplied back in the backward pass, together with the loss scaler's factor.
+        peak = scale.max().clamp(min=torch.finfo(torch.float32).tiny)
+        relative = scale / peak
         with torch.autocast(device, enabled=False):
             matrix = weight.to(compute)
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
                 h = hidden[part].to(compute)
-                losses[part], gradient = step(h, matrix, targets[part], scale[part], offset, cap)
-                grad_hidden[part] = gradient @ matrix
-                grad_weight += gradient.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                losses[part], gradient = step(h, matrix, targets[part], relative[part], offset, cap)
+                if grad_hidden is not None:
+                    grad_hidden[part] = gradient @ matrix
+                if grad_weight is not None:
+                    grad_weight += gradient.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight, peak)
         ctx.mark_non_differentiable(losses)
         return (losses.double() * scale.double()).sum().float(), losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], None, None, None, None, None, None
+        grad_hidden, grad_weight, peak = ctx.saved_tensors
+        factor = grads[0] * peak
+        scaled = [None if grad is None else grad * factor for grad in (grad_hidden, grad_weight)]
+        return scaled[0], scaled[1], None, None, None, None, None, None
 
 
 _compiled_chunk: Any = None
@@ -83,8 +92,30 @@ def head_cross_entropy(
     hidden [n, d]; weight [vocabulary, d]; targets [n]; scale [n] float weights (0 leaves a token out).
     ``cap``: logits are cap * tanh(logits / cap), 0 for none; ``offset`` [vocabulary] is added afterwards.
     Under autocast the matrix products run in its dtype, softmax and sums in float32.
-    ``chunk`` tokens are computed at a time.
+    ``chunk`` tokens are computed at a time; where many tokens do not count, only those that do are computed, and the
+    others' loss is reported as 0.
     """
+    counted = scale.count_nonzero()
+    needed = -(-max(int(counted), 1) // chunk) * chunk  # whole chunks: compiled code never sees a new shape
+    if needed < len(targets):
+        # stable: tokens that count come first, in their order, then as many of the others as fill the last chunk
+        index = torch.argsort((scale == 0).int(), stable=True)[:needed]
+        total, some = _chunked(hidden[index], weight, targets[index], scale[index], offset, cap, chunk, compiled)
+        losses = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+        return total, losses.index_copy(0, index, some * (scale[index] != 0))
+    return _chunked(hidden, weight, targets, scale, offset, cap, chunk, compiled)
+
+
+def _chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    cap: float,
+    chunk: int,
+    compiled: bool,
+) -> tuple[Tensor, Tensor]:
     global _compiled_chunk
     step: Any = _chunk
     if compiled:
@@ -95,6 +126,27 @@ def head_cross_entropy(
         offset = torch.zeros(len(weight), device=weight.device)
     total, losses = _HeadCrossEntropy.apply(hidden, weight, targets, scale, offset, cap, chunk, step)
     return total, losses
+
+
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float = 0.0, chunk: int = 1024
+) -> Tensor:
+    """Cross-entropy per token [n] in nats, each differentiable on its own (DPO needs sums that are no plain means).
+
+    As `head_cross_entropy`, but the logits of a chunk are computed again in the backward pass.
+    """
+
+    def losses(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(h, w).float()
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return torch.nn.functional.cross_entropy(logits, t, reduction="none")
+
+    parts = [
+        checkpoint(losses, hidden[i : i + chunk], weight, targets[i : i + chunk], use_reentrant=False)
+        for i in range(0, len(targets), chunk)
+    ]
+    return torch.cat(parts)
 
 
 class SampledVocabulary:
@@ -114,7 +166,7 @@ class SampledVocabulary:
         self.size = len(counts)
 
     def draw(self, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """ids [k] to compete, the targets [n] as indices into them, and the offset [k] for their logits.
+        """ids [k] to compete, every id's place among them [vocabulary] (-1: absent), the offset [k] for their logits.
 
         k is fixed, so that compiled code never sees a new shape: places that the batch's ids leave free are taken
         by more sampled ids.
@@ -132,4 +184,4 @@ class SampledVocabulary:
         offset[len(ids) - len(picked) :] = math.log(max(len(pool), 1) / max(len(picked), 1))
         place = torch.full((self.size,), -1, dtype=torch.int64)
         place[ids] = torch.arange(len(ids))
-        return ids, place[targets], offset
+        return ids, place, offset

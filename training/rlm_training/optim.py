@@ -1,11 +1,14 @@
-"""Optimizers: Muon for matrices, AdamW for everything else, or AdamW for all."""
+"""Optimizers: Muon for matrices and AdamW for everything else, or AdamW for all."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim._muon import muon as muon_update
 
 from rlm_engine.errors import UsageError
 
@@ -14,88 +17,218 @@ from rlm_engine.errors import UsageError
 class OptimConfig:
     """Peak learning rates and decay.
 
-    ``name``: "muon" (Jordan et al. 2024: momentum orthogonalised by Newton-Schulz, for the block's matrices; AdamW
-    for the rest) or "adamw". ``lr``: matrices; ``embedding_lr``, ``gain_lr`` (norm gains, biases, step embedding),
-    ``halt_lr`` (halting head). ``clip``: gradient norm of the AdamW parameters.
+    ``name``: "muon" (Jordan et al. 2024: momentum orthogonalised by Newton-Schulz, for the weights of linear layers;
+    AdamW for the rest) or "adamw": every parameter has ``lr`` and ``weight_decay``, and the other rates are unused.
+    ``lr``, ``weight_decay``: matrices. ``embedding_lr``: token and position tables; ``head_lr``: an untied output
+    head; ``gain_lr``: norm gains, biases, step embedding; ``halt_lr``: halting head and routers. These do not decay.
+    ``momentum``: Muon's. ``beta1``, ``beta2``, ``eps``: AdamW's. ``clip``: gradient norm of the AdamW parameters
+    (Muon's update has a fixed size); 0 clips nothing.
     """
 
     name: str = "muon"
     lr: float = 0.012
     embedding_lr: float = 0.02
+    head_lr: float = 0.004
     gain_lr: float = 0.01
     halt_lr: float = 0.003
     weight_decay: float = 0.03
     momentum: float = 0.95
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-8
     clip: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in ("muon", "adamw"):
-            raise UsageError(f"optim: name must be 'muon' or 'adamw', got {self.name!r}")
-        for key in ("lr", "embedding_lr", "gain_lr", "halt_lr", "clip"):
+            raise UsageError(f"name must be 'muon' or 'adamw', got {self.name!r}")
+        for key in ("lr", "embedding_lr", "head_lr", "gain_lr", "halt_lr", "clip", "weight_decay"):
             if not 0 <= getattr(self, key) < 100:
-                raise UsageError(f"optim: {key} is out of range: {getattr(self, key)}")
+                raise UsageError(f"{key} is out of range: {getattr(self, key)}")
+        for key in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UsageError(f"{key} must be in [0, 1), got {getattr(self, key)}")
+        if self.eps <= 0:
+            raise UsageError(f"eps must be above 0, got {self.eps}")
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters by kind: "matrix", "embedding", "head", "gain", "halt" (halting head and routers)."""
+    kinds: dict[int, str] = {}
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        decides = parts[-1] == "halt" or any(part.startswith("router") for part in parts)
+        for name, parameter in module.named_parameters(recurse=False):
+            if decides:
+                kind = "halt"
+            elif isinstance(module, nn.Embedding):
+                kind = "embedding"
+            elif isinstance(module, nn.Linear) and parts[-1] in ("head", "unembedding"):
+                kind = "head"
+            else:
+                kind = "matrix" if isinstance(module, nn.Linear) and name == "weight" else "gain"
+            kinds.setdefault(id(parameter), kind)
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in ("matrix", "embedding", "head", "gain", "halt")}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[kinds[id(parameter)]].append(parameter)
+    return groups
 
 
 class HybridOptimizer:
     """Both optimizers behind one door; a group's learning rate is its peak times the schedule."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, frozen: tuple[str, ...] = ()):
-        groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "gain": [], "halt": []}
-        for name, parameter in model.named_parameters():
-            if name in frozen:
-                parameter.requires_grad_(False)
-                continue
-            if name.startswith("halt."):
-                groups["halt"].append(parameter)
-            elif "embedding" in name and name.endswith("weight"):
-                groups["embedding"].append(parameter)
-            elif parameter.ndim == 2 and name.startswith("block."):
-                groups["matrix"].append(parameter)
-            else:
-                groups["gain"].append(parameter)
-        self._clip, self._adam_parameters = config.clip, [*groups["embedding"], *groups["gain"], *groups["halt"]]
-        adam = [
-            {"params": groups["embedding"], "lr": config.embedding_lr, "weight_decay": 0.0},
-            {"params": groups["gain"], "lr": config.gain_lr, "weight_decay": 0.0},
-            {"params": groups["halt"], "lr": config.halt_lr, "weight_decay": 0.0},
-        ]
+    def __init__(self, model: nn.Module, config: OptimConfig, scaler: torch.amp.GradScaler | None = None):
+        groups = parameter_groups(model)
+        self._clip, self._scaler = config.clip, scaler
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         if config.name == "muon":
-            self._optimizers["muon"] = torch.optim.Muon(
-                groups["matrix"], lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
-            )
+            self._muon_parameters = groups["matrix"]
+            rates = {
+                "embedding": config.embedding_lr,
+                "head": config.head_lr,
+                "gain": config.gain_lr,
+                "halt": config.halt_lr,
+            }
+            adam: list[dict[str, Any]] = [
+                {"params": groups[kind], "lr": rate, "weight_decay": 0.0} for kind, rate in rates.items()
+            ]
+            if groups["matrix"]:
+                sharded = any(_is_sharded(p) for p in groups["matrix"])
+                self._optimizers["muon"] = (GatheringMuon if sharded else torch.optim.Muon)(
+                    groups["matrix"], lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+                )
         else:
-            adam.append({"params": groups["matrix"], "lr": config.lr, "weight_decay": config.weight_decay})
-            self._adam_parameters += groups["matrix"]
-        self._optimizers["adamw"] = torch.optim.AdamW(
-            [g for g in adam if g["params"]], betas=(config.beta1, config.beta2), eps=1e-8, fused=True
-        )
-        self._peaks = {
-            name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in self._optimizers.items()
-        }
+            self._muon_parameters = []
+            everything = [p for group in groups.values() for p in group]
+            adam = [{"params": everything, "lr": config.lr, "weight_decay": config.weight_decay}]
+        adam = [group for group in adam if group["params"]]
+        self._adam_parameters = [p for group in adam for p in group["params"]]
+        if adam:
+            self._optimizers["adamw"] = torch.optim.AdamW(
+                adam, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+            )
+        if not self._optimizers:
+            raise UsageError("no parameter is left to train")
+        self._peaks = {name: [g["lr"] for g in optimizer.param_groups] for name, optimizer in self._optimizers.items()}
 
-    def step(self, scale: float) -> float:
-        """Update with learning rates at `scale` of their peaks, clear gradients; returns the AdamW gradient norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self._adam_parameters, self._clip)
-        for name, optimizer in self._optimizers.items():
-            for group, peak in zip(optimizer.param_groups, self._peaks[name], strict=True):
-                group["lr"] = peak * scale
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The torch optimizers, for distributed checkpoints."""
+        return list(self._optimizers.values())
+
+    def step(self, scale: float, beta1: float | None = None) -> float | None:
+        """Update with learning rates at `scale` of their peaks and clear the gradients.
+
+        Returns the gradient norm of the AdamW parameters before clipping; None when a gradient is not finite, and
+        then nothing was updated.
+        """
+        if self._scaler is not None:
+            for optimizer in self._optimizers.values():
+                if any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+                    self._scaler.unscale_(optimizer)
+        norm = gradient_norm(self._adam_parameters)
+        finite = math.isfinite(norm) and math.isfinite(gradient_norm(self._muon_parameters))
+        if finite:
+            if self._clip and norm > self._clip:
+                for parameter in self._adam_parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(self._clip / norm)
+            for name, optimizer in self._optimizers.items():
+                for group, peak in zip(optimizer.param_groups, self._peaks[name], strict=True):
+                    group["lr"] = peak * scale
+                    if beta1 is not None and name == "adamw":
+                        group["betas"] = (beta1, group["betas"][1])
+                optimizer.step()
+        if self._scaler is not None:
+            self._scaler.update()
+        self.skip()
+        return norm if finite else None
 
     def skip(self) -> None:
         """Clear gradients without an update."""
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, object]:
-        """State of both optimizers."""
-        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """State of both optimizers and of the loss scaler."""
+        state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+        if self._scaler is not None:
+            state["scaler"] = self._scaler.state_dict()
+        return state
 
-    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
-        """Restore `state_dict`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`. UsageError when it belongs to another optimizer or another set of parameters."""
+        if set(state) != set(self._optimizers) | ({"scaler"} if self._scaler is not None else set()):
+            raise UsageError("the checkpoint was written with another optimizer or precision; resume with its recipe")
         for name, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state[name])
+            try:
+                optimizer.load_state_dict(state[name])
+            except ValueError:
+                raise UsageError(
+                    "the checkpoint's optimizer trained other parameters; resume with its recipe"
+                ) from None
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> float:
+    """Euclidean norm of all gradients, summed in float64: sharded and whole gradients agree to the last bit of float32.
+
+    Collective when parameters are sharded: every process must call it.
+    """
+    squares: list[Tensor] = []
+    sharded = False
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        sharded = sharded or _is_sharded(parameter)
+        grad = _local(parameter.grad)
+        squares.append(torch.linalg.vector_norm(grad, dtype=torch.float64).square())
+    if not squares:
+        return 0.0
+    total = torch.stack(squares).sum()
+    if sharded:
+        torch.distributed.all_reduce(total)
+    return float(total.sqrt())
+
+
+class GatheringMuon(torch.optim.Muon):
+    """Muon over sharded matrices (FSDP2), to the bit what it does over whole ones.
+
+    Orthogonalisation needs the whole matrix: each one is gathered, updated by every process alike, and dropped down
+    to the own shard again. Memory holds one whole matrix at a time; parameters and momentum stay sharded.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update; collective."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                shards = (parameter.detach(), parameter.grad, state["momentum_buffer"])
+                value, grad, momentum = (shard.full_tensor() for shard in shards)
+                options = {k: group[k] for k in ("lr", "weight_decay", "momentum", "nesterov")}
+                options |= {k: group[k] for k in ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")}
+                muon_update([value], [grad], [momentum], has_complex=False, **options)
+                for shard, whole in ((shards[0], value), (shards[2], momentum)):
+                    _local(shard).copy_(_own_part(whole, shard))
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _own_part(whole: Tensor, shard: Any) -> Tensor:
+    """This process's rows: FSDP2 splits the first axis as torch.chunk does."""
+    parts = whole.chunk(shard.device_mesh.size(), dim=0)
+    rank = shard.device_mesh.get_local_rank()
+    return parts[rank] if rank < len(parts) else whole[:0]

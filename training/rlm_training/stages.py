@@ -1,119 +1,250 @@
-"""What differs between pretraining and supervised fine-tuning: the data, and where the weights start."""
+"""A run from recipe to model directory: where the weights start, which stage brings the data, what is written."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rlm_engine.checkpoint import read_model_directory, write_model_directory
-from rlm_engine.config import ActConfig
-from rlm_engine.errors import UsageError
+from rlm_engine.checkpoint import read_model_directory
+from rlm_engine.config import ChatFormat, ModelConfig
+from rlm_engine.errors import EngineError, UsageError
+from rlm_engine.models import build_model
 from rlm_engine.models.act import ActModel
+from rlm_training import runs
+from rlm_training.act_design import Act
+from rlm_training.compute import describe, measure_matmul_rate
+from rlm_training.designs import Design, published_design
+from rlm_training.display import Display, display_for
+from rlm_training.distributed import Objective, World, barrier, joined, lost_a_process
 from rlm_training.loop import Trainer
+from rlm_training.micro import Micro, Steps
+from rlm_training.objectives import PreferenceObjective, TokenObjective
 from rlm_training.recipe import Recipe
-from rlm_training.shards import CHAT_FORMAT, Source, load_sources
-from rlm_training.stream import MixedStream, PackedConversations
+from rlm_training.shards import CHAT_FORMAT, Source, load_sources, read_index
 
-VALIDATION_ROWS = 8
+RATE_SECONDS = 0.3  # for the utilisation shown during a run
 
 
-def train(recipe: Recipe, folder: Path, resume: bool, report: Callable[[dict[str, Any]], None] | None = None) -> Path:
+@dataclass(frozen=True)
+class StageData:
+    """What a stage brings. ``facts`` go to data.json; ``token_counts``: for the sampled softmax."""
+
+    data: Steps
+    steps: int
+    facts: dict[str, Any]
+    token_counts: torch.Tensor | None = None
+
+
+# (recipe, objective, folder of the run, world) -> data
+Stage = Callable[[Recipe, Objective, Path, World], StageData]
+
+
+def train(recipe: Recipe, folder: Path, resume: bool, display: Display | None = None) -> Path:
     """Run a recipe in a folder and write the trained model directory `folder/model`; returns its path.
 
-    Raises UsageError when the folder already holds a run and ``resume`` is off, or for impossible recipes.
+    Under torchrun every process calls this. Raises UsageError when the folder already holds a run and ``resume`` is
+    off, when a resumed run would read other data, or for impossible recipes; `loop.Interrupted` when asked to stop.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not resume and (folder / "checkpoint.pt").exists():
+    with joined(recipe.train.device) as world:
+        try:
+            return _train(recipe, folder, resume, world, display)
+        except RuntimeError as error:
+            if world.size > 1 and lost_a_process(error):
+                raise EngineError(
+                    "another process of this job failed (its own message says why); start the job again with --resume"
+                ) from None
+            raise
+
+
+def _train(recipe: Recipe, folder: Path, resume: bool, world: World, display: Display | None) -> Path:
+    if not resume and runs.checkpoints(folder):
         raise UsageError(f"{folder} already holds a run; continue it with --resume or choose another folder")
-    (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if recipe.train.fsdp and world.size == 1:
+        raise UsageError("train.fsdp shards over processes: start it with torchrun --nproc-per-node 2 or more")
+    recipe.train.slices(world.size)
+    if resume:
+        _same_data(recipe, folder)
+    barrier(world)
     torch.manual_seed(recipe.train.seed)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    sources = load_sources(Path(recipe.data.prepared))
-    model = _model(recipe)
-    if recipe.stage == "pretrain":
-        trainer = _pretrain(recipe, model, sources, folder, report)
-    else:
-        trainer = _sft(recipe, model, sources, folder, report)
+    if recipe.train.compile:
+        torch._dynamo.config.recompile_limit = 64  # a compilation per memory length, and one for the frozen trunk
+    model = start_model(recipe).to(world.device)
+    objective = make_objective(recipe, model)
+    stage = stage_of(recipe)(recipe, objective, folder, world)
+    config = _export_config(recipe, {})
+    if world.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
+        facts = {"steps": stage.steps, **stage.facts}
+        (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    trainer = Trainer(
+        recipe,
+        objective,
+        stage.data,
+        stage.steps,
+        folder,
+        config,
+        world,
+        heldout=heldout_micros(recipe, objective.design, world.device),
+        token_counts=stage.token_counts,
+        display=display or display_for(recipe.name, world.leads),
+        matmul_rate=measure_matmul_rate(recipe.train.precision, world.device, RATE_SECONDS),
+    )
     last = trainer.run(resume)
-    target = folder / "model"
-    write_model_directory(target, _final_config(recipe, last), model.state_dict())
-    return target
+    trainer.export(folder / "model", _export_config(recipe, last))
+    if world.leads:
+        _copy_tokenizer(recipe, [folder / "model", folder / "best"])
+    return folder / "model"
 
 
-def _model(recipe: Recipe) -> ActModel:
+def stage_of(recipe: Recipe) -> Stage:
+    """What brings the data of the recipe's stage."""
+    from rlm_training.dpo import dpo
+    from rlm_training.pretrain import pretrain
+    from rlm_training.sft import sft
+
+    return {"pretrain": pretrain, "sft": sft, "dpo": dpo}[recipe.stage]
+
+
+def dry_run(recipe: Recipe) -> str:
+    """What a recipe would do: parameters, FLOPs per token, expected time at a measured speed. Reads no data."""
+    from rlm_training.distributed import choose_device
+    from rlm_training.pretrain import step_count
+
+    with torch.device("meta"):
+        model = build_model(recipe.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    rate = measure_matmul_rate(recipe.train.precision, choose_device(recipe.train.device))
+    return describe(recipe, parameters, step_count(recipe) if recipe.stage == "pretrain" else None, rate)
+
+
+def start_model(recipe: Recipe) -> Any:
+    """New random weights by the design's own rule, or those of train.init. ModelError when these are unusable."""
     if not recipe.train.init:
         generator = torch.Generator().manual_seed(recipe.train.seed)
-        return ActModel(recipe.model).initialise(generator)
+        return build_model(recipe.model).initialise(generator)
     config, tensors = read_model_directory(Path(recipe.train.init))
-    if not isinstance(config, ActConfig):
-        raise UsageError(f"{recipe.train.init}: only 'act' models can be trained further, not {config.architecture!r}")
-    model = ActModel(config)
+    model = build_model(config)
     model.load_state_dict({name: torch.from_numpy(values) for name, values in tensors.items()})
     return model
 
 
-def _pretrain(recipe: Recipe, model: ActModel, sources: dict[str, Source], folder: Path, report: Any) -> Trainer:
+def make_objective(recipe: Recipe, model: Any) -> Objective:
+    """Model and recipe as something to minimise."""
     train = recipe.train
-    steps = max(1, train.tokens // (train.rows * train.sequence))
-    needed = max(recipe.data.stream_tokens, train.tokens) + train.rows * (train.sequence + 1)
-    stream = MixedStream(sources, recipe.data.mix, needed, train.rows, train.seed)
-    facts = {"steps": steps, "epochs": stream.epochs(), "stream_tokens": stream.row_tokens * train.rows}
-    (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    counts = _token_counts([sources[name] for name in recipe.data.mix], recipe.model.vocab_size)
-    heldout = _heldout_rows(recipe)
-    return Trainer(recipe, model, stream, steps, folder, token_counts=counts, heldout=heldout, report=report)
+    design: Design
+    if isinstance(model, ActModel):
+        design = Act(model, recipe.ponder, train.compile, train.recompute)
+    else:
+        design = published_design(model, recipe.router, train.compile, train.recompute)
+    if recipe.stage == "dpo":
+        return PreferenceObjective(design, recipe.dpo)
+    return TokenObjective(design, train.compile)
 
 
-def _sft(recipe: Recipe, model: ActModel, sources: dict[str, Source], folder: Path, report: Any) -> Trainer:
-    train = recipe.train
-    replay = None
-    if recipe.data.replay:
-        rows = max(1, round(recipe.data.replay * train.rows))
-        tokens = recipe.data.stream_tokens or train.tokens
-        replay = MixedStream(sources, recipe.data.mix, tokens + rows * (train.sequence + 1), rows, train.seed)
-    packed = PackedConversations(sources, recipe.data.conversations, train.sequence, train.rows, train.seed, replay)
-    if not packed.steps:
-        raise UsageError("the conversations do not fill a single batch; lower train.rows or train.sequence")
-    return Trainer(recipe, model, packed, packed.steps, folder, heldout=_heldout_rows(recipe), report=report)
+def prepared_sources(recipe: Recipe, folder: Path) -> dict[str, Source]:
+    """The sources of a prepared folder. UsageError when its tokenizer is not the model's."""
+    index, model = read_index(folder), recipe.model
+    added = list(model.added_tokens)
+    if index["tokenizer"] != model.tokenizer or index["added_tokens"][: len(added)] != added:
+        raise UsageError(
+            f"{folder} was prepared with tokenizer {index['tokenizer']!r} {index['added_tokens']}, the model has "
+            f"{model.tokenizer!r} {added}"
+        )
+    return load_sources(folder)
 
 
-def _token_counts(sources: list[Source], vocabulary: int) -> torch.Tensor:
-    counts = np.zeros(vocabulary, dtype=np.int64)
+def check_ids(sources: list[Source], recipe: Recipe) -> torch.Tensor:
+    """How often each id occurs in the sources, int64 [vocabulary]. UsageError when one is outside the vocabulary."""
+    size = recipe.model.vocab_size
+    counts = np.zeros(size, dtype=np.int64)
     for source in sources:
-        counts += np.bincount(source.tokens, minlength=vocabulary)
+        found = np.bincount(np.asarray(source.tokens), minlength=size)
+        if len(found) > size:
+            raise UsageError(
+                f"source {source.name!r} holds token {len(found) - 1}, beyond the model's vocabulary of {size}; leave "
+                "it out of data.mix, or give the model the tokenizer the data was prepared with"
+            )
+        counts += found
     return torch.from_numpy(counts)
 
 
-def _heldout_rows(recipe: Recipe) -> dict[str, np.ndarray]:
-    """The first rows of every held-out source, int64 [rows, sequence + 1]."""
+def heldout_micros(recipe: Recipe, design: Design, device: torch.device) -> dict[str, Micro]:
+    """The first rows of every held-out source; after pretraining only reply tokens count where there are any."""
     if not recipe.data.heldout:
         return {}
-    size = recipe.train.sequence + 1
-    rows = {}
-    for name, source in load_sources(Path(recipe.data.heldout)).items():
-        count = min(VALIDATION_ROWS, len(source.tokens) // size)
-        if count:
-            rows[name] = np.asarray(source.tokens[: count * size], dtype=np.int64).reshape(count, size)
-    return rows
+    size, found = recipe.train.sequence + 1, {}
+    sources = prepared_sources(recipe, Path(recipe.data.heldout))
+    for name, source in sources.items():
+        rows = min(recipe.data.validation_rows, len(source.tokens) // size)
+        if not rows:
+            continue
+        check_ids([source], recipe)
+        ids = np.asarray(source.tokens[: rows * size], dtype=np.int64).reshape(rows, size)
+        counts = np.ones(ids.shape, dtype=np.float32)
+        if recipe.stage != "pretrain" and source.mask is not None:
+            counts = np.asarray(source.mask[: rows * size], dtype=np.float32).reshape(rows, size)
+        if counts[:, 1:].any():
+            found[name] = _heldout_micro(ids, counts[:, 1:].copy(), device)
+    return found
 
 
-def _final_config(recipe: Recipe, last: dict[str, Any]) -> ActConfig:
-    values = recipe.model.to_dict()
-    values.pop("architecture")
-    values["added_tokens"] = tuple(values["added_tokens"])
-    values["chat_format"] = CHAT_FORMAT
-    values["provenance"] = {
+def _heldout_micro(ids: np.ndarray, counts: np.ndarray, device: torch.device) -> Micro:
+    inputs, targets = (torch.from_numpy(part.copy()).to(device) for part in (ids[:, :-1], ids[:, 1:]))
+    weights = torch.from_numpy(counts).to(device)
+    real = torch.full_like(weights, 1.0 / weights.numel())
+    return Micro(0, 1, inputs, targets, weights, weights / weights.sum(), real)
+
+
+def _same_data(recipe: Recipe, folder: Path) -> None:
+    """Refuse to resume with settings under which the steps already done would have read something else."""
+    path = folder / "recipe.json"
+    if not path.exists():
+        return
+    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(recipe.to_dict()))
+    keys: dict[str, tuple[str, ...]] = {"data": ("mix", "stream_tokens", "conversations", "replay", "epochs")}
+    keys |= {"train": ("sequence", "rows", "seed"), "dpo": ("max_length_ratio",)}
+    for section, names in keys.items():
+        for name in names:
+            if name in old.get(section, {}) and old[section][name] != new[section][name]:
+                raise UsageError(
+                    f"{folder} was started with {section}.{name} = {old[section][name]!r}; "
+                    f"a resumed run cannot change it to {new[section][name]!r}"
+                )
+
+
+def _export_config(recipe: Recipe, last: dict[str, Any]) -> ModelConfig:
+    index = read_index(Path(recipe.data.prepared))
+    form = index.get("chat_format")
+    chat_format: ChatFormat | None = ChatFormat.from_dict(form, "index.json") if form else CHAT_FORMAT
+    if not set(index["added_tokens"]) <= set(recipe.model.added_tokens):
+        chat_format = recipe.model.chat_format  # a model without the role tokens cannot follow the data's format
+    provenance = {
         "trained_with": "rlm-train",
         "recipe": recipe.name,
         "stage": recipe.stage,
         "date": datetime.date.today().isoformat(),
         "last": {key: last[key] for key in ("step", "loss", "depth") if key in last},
     }
-    return ActConfig(**values)
+    if recipe.train.init:
+        provenance["started_from"] = recipe.train.init
+    return dataclasses.replace(recipe.model, chat_format=chat_format, provenance=provenance)
+
+
+def _copy_tokenizer(recipe: Recipe, targets: list[Path]) -> None:
+    prepared = Path(recipe.data.prepared)
+    for name in read_index(prepared).get("tokenizer_files", {}):
+        for target in targets:
+            if target.is_dir():
+                shutil.copyfile(prepared / name, target / name)
