@@ -26,10 +26,19 @@ class MixedStream:
     """Pretraining data: sources mixed by weight, one contiguous stream per batch row.
 
     Units (documents, or pieces of long ones) are drawn without replacement within each source's epoch until the
-    source has its share of the tokens, then all are shuffled together and laid end to end.
+    source has its share of the tokens, then all are shuffled together and laid end to end. ``unit_tokens``: where long
+    documents are cut; segment memory wants pieces several times its length.
     """
 
-    def __init__(self, sources: dict[str, Source], weights: dict[str, float], tokens: int, rows: int, seed: int):
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        weights: dict[str, float],
+        tokens: int,
+        rows: int,
+        seed: int,
+        unit_tokens: int = UNIT_TOKENS,
+    ):
         missing = sorted(set(weights) - set(sources))
         if missing:
             raise UsageError(
@@ -37,7 +46,7 @@ class MixedStream:
             )
         if not weights or any(w <= 0 for w in weights.values()):
             raise UsageError("every source needs a weight above 0")
-        self._sources = [sources[name] for name in weights]
+        self._sources, self._unit_tokens = [sources[name] for name in weights], unit_tokens
         share = np.asarray(list(weights.values()), dtype=np.float64)
         share /= share.sum()
         units = [self._draw(number, int(np.ceil(part * tokens)), seed) for number, part in enumerate(share)]
@@ -63,7 +72,7 @@ class MixedStream:
         return Batch(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), weights)
 
     def _draw(self, number: int, tokens: int, seed: int) -> np.ndarray:
-        units = _units(self._sources[number].documents)
+        units = _units(self._sources[number].documents, self._unit_tokens)
         sizes = units[:, 1] - units[:, 0]
         chosen, have, epoch = [], 0, 0
         while have < tokens:
@@ -88,14 +97,14 @@ class MixedStream:
         return np.concatenate(parts)
 
 
-def _units(documents: np.ndarray) -> np.ndarray:
+def _units(documents: np.ndarray, unit_tokens: int) -> np.ndarray:
     """Start and stop of every unit, int64 [units, 2]."""
     starts, stops = documents[:-1], documents[1:]
-    pieces = np.maximum(1, -(-(stops - starts) // UNIT_TOKENS))
+    pieces = np.maximum(1, -(-(stops - starts) // unit_tokens))
     document = np.repeat(np.arange(len(starts)), pieces)
     within = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    first = starts[document] + within * UNIT_TOKENS
-    return np.column_stack((first, np.minimum(first + UNIT_TOKENS, stops[document])))
+    first = starts[document] + within * unit_tokens
+    return np.column_stack((first, np.minimum(first + unit_tokens, stops[document])))
 
 
 class PackedConversations:
@@ -103,6 +112,7 @@ class PackedConversations:
 
     Conversations longer than a row are left out (they would lose their end, and with it the end of the turn).
     ``replay``: a share of the rows of every batch is pretraining text with full loss, against forgetting.
+    ``alone``: a row holds one conversation only, for designs whose router decides for a whole row.
     """
 
     def __init__(
@@ -113,6 +123,7 @@ class PackedConversations:
         rows: int,
         seed: int,
         replay: MixedStream | None = None,
+        alone: bool = False,
     ):
         missing = sorted(set(repeats) - set(sources))
         if missing:
@@ -134,7 +145,7 @@ class PackedConversations:
             items.append(np.column_stack((np.full(len(chosen), number), chosen)))
         order = np.concatenate(items)
         rng.shuffle(order, axis=0)
-        self._packs = self._pack(order)
+        self._packs = [[item] for item in order] if alone else self._pack(order)
         own = rows - (replay.rows if replay is not None else 0)
         self.steps = len(self._packs) // own
         self._own = own
