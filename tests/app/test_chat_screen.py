@@ -49,7 +49,7 @@ class Driver:
 
     async def settle(self) -> None:
         """Wait until the engine rests (or holds) and all is painted."""
-        for _ in range(200):
+        for _ in range(3000):
             await self.pilot.pause(0.01)
             if self.engine.holding.is_set() or self.session.state in (State.READY, State.FAILED):
                 break

@@ -12,9 +12,15 @@ from rlm_chat.session import Mode, Session, State
 from rlm_chat.settings import Settings
 from rlm_chat.tui.app import ChatApp
 from rlm_chat.tui.screens.chat import ChatScreen
+from rlm_chat.tui.widgets.prompt import PromptBox
 
 SIZES = [(80, 24), (120, 40)]
 Compare = Callable[..., bool]
+
+
+@pytest.fixture(autouse=True)
+def steady_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptBox, "cursor_blink", False)
 
 
 def application(engine: FakeEngine, settings: Settings | None = None) -> ChatApp:
@@ -22,17 +28,17 @@ def application(engine: FakeEngine, settings: Settings | None = None) -> ChatApp
 
 
 async def still(pilot: Pilot[int]) -> ChatScreen:
-    """Wait for the engine, paint, and stop the cursor."""
+    """Wait for the engine and the paint."""
     app = pilot.app
     assert isinstance(app, ChatApp) and isinstance(app.screen, ChatScreen)
     engine = app.session.engine
     assert isinstance(engine, FakeEngine)
-    for _ in range(200):
+    for _ in range(3000):
         await pilot.pause(0.01)
         if engine.holding.is_set() or app.session.state in (State.READY, State.FAILED):
             break
     await pilot.pause(0.15)
-    app.screen.prompt.cursor_blink = False
+    await pilot.pause()
     return app.screen
 
 

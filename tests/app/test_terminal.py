@@ -34,7 +34,7 @@ class Terminal:
             env=os.environ | environment,
             dimensions=(size[1], size[0]),
             encoding="utf-8",
-            timeout=20,
+            timeout=60,
         )
         self.before = termios.tcgetattr(self.child.child_fd)
         self.output = ""
@@ -44,7 +44,7 @@ class Terminal:
         """All that was written so far without its terminal sequences."""
         return SEQUENCE.sub("", self.output)
 
-    def wait_for(self, text: str, timeout_s: float = 20.0) -> None:
+    def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
         while text not in self.shown:
             assert time.monotonic() < deadline, f"{text!r} was never shown; the end is {self.shown[-1500:]!r}"
@@ -64,7 +64,7 @@ class Terminal:
 
     def end(self) -> int:
         """Wait for the end; the exit code, or minus the signal."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while self.read():
             assert time.monotonic() < deadline, "the program does not end"
         self.child.wait()
@@ -111,7 +111,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         terminal.child.close(force=True)
 
 
-def gone(pid: int, within_s: float = 3.0) -> bool:
+def gone(pid: int, within_s: float = 20.0) -> bool:
     """Whether a process ends soon (a zombie that nobody has waited for yet counts as ended)."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
@@ -148,7 +148,7 @@ def test_ctrl_c_stops_the_reply_then_quits(start: Start) -> None:
     pressed = time.monotonic()
     terminal.child.send("\x03")
     terminal.wait_for("stopped")
-    assert time.monotonic() - pressed < 1.0
+    assert time.monotonic() - pressed < 3.0  # the whole reply takes a minute
     terminal.child.send("\x03")
     assert terminal.end() == 0
     assert terminal.restored()

@@ -86,13 +86,12 @@ class Wrapper:
         line = self.lines[-1]
         if line.ending or (breakable and line.width + width > self.width):
             line = self._new_line()
-        if line.width + width > self.width and line.word > 0 and line.word_width + width <= self.width:
+        if line.width + width > self.width and line.word > 0:
             line = self._move_word()
         if line.width + width <= self.width:
             line.add(word, width, tag, breakable=breakable)
             return
-        if line.word > 0:  # longer than a line of its own: it starts a new one and is cut there
-            line = self._move_word()
+        # Longer than a whole line: it is cut.
         for character in word:
             size = get_character_cell_size(character)
             if line.width + size > self.width:
