@@ -286,7 +286,10 @@ def _error(generation: int | None, request: str, problem: BaseException) -> dict
 def _load(model: str, backend: str, device: str) -> Any:
     from rlm_engine import load_model
 
-    return load_model(model, backend=backend, device=device)
+    loaded = load_model(model, backend=backend, device=device)
+    # Somebody is watching: past the window of a published design, reading it all again for every token is too slow.
+    loaded.window = "block"
+    return loaded
 
 
 def main(load: Loader = _load) -> None:
