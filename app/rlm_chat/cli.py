@@ -12,14 +12,19 @@ from pathlib import Path
 from rlm_engine.errors import EngineError
 from rlm_engine.version import __version__
 
+WORKER_ARGUMENT = "--engine-worker"  # how a frozen program starts itself as its engine process
+
 EXIT_CODES = """exit codes: 0 fine; 1 unexpected error; 2 wrong usage; 3 model cannot be loaded;
 4 input refused (empty, too long, not text); 130 interrupted; 141 the reader of the output went away"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `rlm-chat`; returns the exit code. Errors made for people are one line on standard error."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    if arguments is None and sys.argv[1:2] == [WORKER_ARGUMENT]:
+        from rlm_engine import worker
+
+        worker.main()
+    options = _parser().parse_args(arguments)
     try:
         code = int(options.run(options))
         sys.stdout.flush()
@@ -69,13 +74,13 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", parents=[common], help="one reply to a prompt, or a plain conversation")
     chat.add_argument("prompt", nargs="?", help="what to say; standard input is read when it is piped")
-    _add_batch_options(chat)
+    _add_generation_options(chat)
     chat.add_argument("--system", help="a system message put before the conversation")
     chat.set_defaults(run=_run("chat"))
 
     complete = commands.add_parser("complete", parents=[common], help="continue a text with the base model")
     complete.add_argument("text", nargs="?", help="the beginning; standard input is read when it is piped")
-    _add_batch_options(complete)
+    _add_generation_options(complete)
     complete.set_defaults(run=_run("complete"))
 
     score = commands.add_parser("score", parents=[common], help="how likely the model finds a text, and its depths")
@@ -106,14 +111,28 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--tokenizer", type=Path, help="directory with vocab.json and merges.txt, or tokenizer.json")
     convert.add_argument("--heads", type=int, help="attention heads, when the checkpoint does not tell")
     convert.set_defaults(run=_run("convert"))
+
+    export = commands.add_parser("export", help="write a model for another program or runtime")
+    formats = export.add_subparsers(title="formats", metavar="FORMAT", required=True)
+    onnx = formats.add_parser("onnx", parents=[_output_options()], help="graphs for ONNX Runtime, without PyTorch")
+    onnx.add_argument("source", type=Path, metavar="MODEL", help="a model directory with its weights")
+    onnx.add_argument("--out", type=Path, metavar="DIR", help="a new model directory (default: MODEL itself)")
+    onnx.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of the weights (default fp32)")
+    onnx.set_defaults(run=_run("export_onnx"))
     return parser
 
 
-def _add_batch_options(command: argparse.ArgumentParser) -> None:
+def _add_generation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--input", type=Path, metavar="FILE", help="answer every line of a JSON Lines file (prompt, or messages)"
     )
     command.add_argument("--batch", type=int, default=8, metavar="N", help="lines answered at a time (default 8)")
+    command.add_argument(
+        "--window",
+        choices=("exact", "block"),
+        default="exact",
+        help="published designs past their context: re-read the window for each token (exact), or drop a block",
+    )
     command.add_argument(
         "--draft-depth",
         type=int,
@@ -134,13 +153,8 @@ def _common_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[_output_options()])
     model = options.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="a bundled model or a model directory")
-    model.add_argument("--backend", choices=("auto", "torch"), help="what computes (default auto)")
-    model.add_argument(
-        "--window",
-        choices=("exact", "block"),
-        help="published designs past their context: re-read the window for each token (exact), or drop a block",
-    )
-    model.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where (default auto)")
+    model.add_argument("--backend", choices=("auto", "onnx", "torch"), help="what computes (default auto)")
+    model.add_argument("--device", choices=("auto", "cpu", "cuda", "directml", "coreml"), help="where (default auto)")
     sampling = options.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest (default 0.8)")
     sampling.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0 is off (default)")

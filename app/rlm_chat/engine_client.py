@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+from rlm_chat.cli import WORKER_ARGUMENT
 from rlm_engine.sanitize import PrintableFilter, printable
 
-# A frozen program re-executes itself; `cli.main` hands over to the worker when this is the first argument.
 STDERR_LINES = 20
 _LINE_LIMIT = 1 << 24  # asyncio's own limit of 64 KiB is below what a slow reader may find on one line
 _GRACE_S = 1.0
