@@ -1,4 +1,4 @@
-"""The commands that run once in this process: chat, complete, score, models, convert."""
+"""The commands that run once in this process: chat, complete, score, models, convert, export."""
 
 from __future__ import annotations
 
@@ -142,6 +142,29 @@ def convert(options: argparse.Namespace) -> int:
         _print_json({"target": str(options.target), "architecture": config.architecture})
     else:
         print(printable(f"{options.target}: {config.architecture}, tokenizer {config.tokenizer}"))
+    return 0
+
+
+def export_onnx(options: argparse.Namespace) -> int:
+    """`rlm-chat export onnx`: a model's `onnx/` folder."""
+    from rlm_engine.export.onnx import export_onnx as export
+
+    manifest = export(options.source, options.out, options.precision)
+    target, found = options.out or options.source, manifest.verification
+    size_bytes = sum(file.size_bytes for file in manifest.files.values())
+    if options.json:
+        compared = None if found is None else vars(found)
+        _print_json({"target": str(target), "precision": manifest.precision, "bytes": size_bytes, "compared": compared})
+        return 0
+    print(printable(f"{target}: {manifest.precision}, {size_bytes / 1e6:.1f} MB"))
+    if found is None:
+        print("not compared with PyTorch, which is not installed")
+    else:
+        print(
+            f"compared with {found.reference} on {found.tokens} tokens: logits differ by at most "
+            f"{found.logits_max_difference:.2g}, same depth {found.depth_agreement:.1%}, "
+            f"same likeliest token {found.top1_agreement:.1%}"
+        )
     return 0
 
 

@@ -28,10 +28,14 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8"}
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The JSON object of config.json. ModelError for anything but a small regular file with one JSON object."""
-    path = directory / "config.json"
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such model directory")
-    text = _read_small_file(path, MAX_CONFIG_BYTES)
+    return read_json(directory / "config.json", MAX_CONFIG_BYTES)
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object of a small regular file of at most `limit` bytes. Raises ModelError."""
+    text = _read_small_file(path, limit)
     try:
         data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except ModelError as error:
@@ -172,18 +176,20 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
 
 
-def read_model_directory(directory: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+def read_model_directory(directory: Path, *, compare: bool = True) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Configuration and weights (float32, or float64 where stored so) in our own tensor names.
 
     Recognises our own layout and the published ones. A directory may leave tensors to a sibling it names in
     ``"shared_with"`` (our base and chat models share the embedding table).
     Raises ModelError naming file, tensor, found and expected shape; sizes are compared before anything is allocated.
+    ``compare=False``: names and sizes are the caller's to check (knowing what to expect takes PyTorch).
     """
     data = read_config(directory)
     if "architecture" not in data:
         return _read_published(directory, data, TensorFile(directory / "model.safetensors"))
     config, files = _open(directory, data)
-    _compare(files, expected_shapes(config), directory)
+    if compare:
+        _compare(files, expected_shapes(config), directory)
     return config, {name: file.read(name) for name, file in files.items()}
 
 
@@ -191,6 +197,13 @@ def read_header(directory: Path) -> tuple[ModelConfig, dict[str, tuple[int, ...]
     """Configuration and tensor shapes of a directory in our own layout, without reading weights or needing torch."""
     config, files = _open(directory, read_config(directory))
     return config, {name: file.shapes[name] for name, file in files.items()}
+
+
+def read_own_config(directory: Path) -> ModelConfig:
+    """The configuration of a directory in our own layout; its weights are not looked at."""
+    data = read_config(directory)
+    data.pop("shared_with", None)
+    return config_from_dict(data, str(directory / "config.json"))
 
 
 def _open(directory: Path, data: dict[str, Any]) -> tuple[ModelConfig, dict[str, TensorFile]]:
@@ -245,6 +258,7 @@ def write_model_directory(
 ) -> None:
     """Write config.json and model.safetensors atomically, replacing what is there.
 
+    An ONNX export of the weights before is not found any more: its manifest goes.
     ``shared_with``: name of a sibling that holds the tensors left out here.
     """
     from safetensors.torch import save_file
@@ -257,5 +271,6 @@ def write_model_directory(
         new = Path(temporary)
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, new / "model.safetensors")
         (new / "config.json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (directory / "onnx" / "manifest.json").unlink(missing_ok=True)
         for name in ("model.safetensors", "config.json"):
             (new / name).replace(directory / name)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlm_engine.backends.choose import count_parameters, open_backend
 from rlm_engine.batch import Completion, Job, run_jobs
 from rlm_engine.chat import fit_conversation, stop_ids_and_texts
+from rlm_engine.checkpoint import read_own_config
 from rlm_engine.config import ActConfig, BlendConfig, ModelConfig, RoutedConfig
 from rlm_engine.decoding.interface import Backend, Decoder, Depth
 from rlm_engine.errors import InputError, ModelError, UsageError
@@ -288,14 +287,12 @@ def find_model(name: str) -> Path:
 
 def describe_model(directory: Path) -> dict[str, Any]:
     """Facts about a model directory without loading it. Raises ModelError when it is damaged."""
-    from rlm_engine.checkpoint import read_header
-
-    config, shapes = read_header(directory)
+    config = read_own_config(directory)
     card = directory / "README.md"
     return {
         "name": directory.name,
         "architecture": config.architecture,
-        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "parameters": count_parameters(directory, config),
         "context_length": config.context_length,
         "max_depth": max(config.steps) if isinstance(config, RoutedConfig) else config.max_steps,
         "chat": config.chat_format is not None,
@@ -306,33 +303,10 @@ def describe_model(directory: Path) -> dict[str, Any]:
 def load_model(name: str = "chat", backend: str = "auto", device: str = "auto") -> Model:
     """Load a bundled model by name, or a model directory (our layout or a published one).
 
-    ``backend``: "auto" or "torch"; ``device``: "auto", "cpu" or "cuda". Raises ModelError when the model cannot be
-    loaded, UsageError for an unknown backend or device.
+    ``backend``: "auto", "onnx" or "torch"; ``device``: "auto", "cpu", "cuda", and with ONNX Runtime "directml" or
+    "coreml"; see `backends.choose`. Raises ModelError when the model cannot be loaded, UsageError for an unknown
+    backend or device.
     """
-    if backend not in ("auto", "torch"):
-        raise UsageError(f"backend must be 'auto' or 'torch', got {backend!r}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
     directory = find_model(name)
-    if "torch" not in sys.modules:
-        # Waiting threads must not spin: measured 2 to 8 times slower beside any other work on few cores.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        import torch
-    except ImportError:
-        raise ModelError("PyTorch is not installed; run: pip install 'rlm-chat[torch]'") from None
-
-    from rlm_engine.backends.torch import TorchBackend
-    from rlm_engine.checkpoint import read_model_directory
-    from rlm_engine.models import module_from
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU here; use --device cpu")
-    target = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-    config, tensors = read_model_directory(directory)
-    tokenizer = load_tokenizer(config, directory)
-    module = module_from(config, tensors).to(target)
-    parameters = sum(p.numel() for p in module.parameters())
-    dtype = next(module.parameters()).dtype
-    pieces: Any = module.pieces()
-    return Model(directory.name, config, TorchBackend(pieces, dtype, target), tokenizer, parameters)
+    config, opened, parameters = open_backend(directory, backend, device)
+    return Model(directory.name, config, opened, load_tokenizer(config, directory), parameters)

@@ -1,0 +1,205 @@
+"""Writing a model's `onnx/` folder: graphs built by hand from the weights, one weight file, a manifest.
+
+Needs the package `onnx`, but not PyTorch; where PyTorch is installed the export is compared with it before it is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlm_engine.checkpoint import read_config, read_model_directory
+from rlm_engine.config import ModelConfig
+from rlm_engine.decoding.interface import Backend, Decoder
+from rlm_engine.errors import ModelError, UsageError
+from rlm_engine.export.manifest import (
+    FOLDER,
+    MANIFEST,
+    PRECISIONS,
+    WEIGHTS,
+    Manifest,
+    StoredFile,
+    Verification,
+    frozen_settings,
+)
+
+if TYPE_CHECKING:
+    from rlm_engine.tokenizer import Tokenizer
+
+FP32_TOLERANCE = 1e-3  # of logits, relative to the largest where that is above 1
+SAMPLE_TOKENS = 64  # half as a prompt, half token by token
+_BESIDE = ("README.md", "tokenizer.json", "vocab.json", "merges.txt")  # what a model without weights still needs
+_SAMPLE = (
+    "Once upon a time there was a little girl who lived in a small house near the forest. Every morning she walked to "
+    "the river, and on the way she counted the birds: one, two, three. The speed of light is about 300,000 kilometres "
+    "per second, which is why we see distant stars as they were long ago. What do you think will happen next? "
+)
+
+
+def export_onnx(
+    source: Path,
+    target: Path | None = None,
+    precision: str = "fp32",
+    keep_float: Callable[[str], bool] = lambda tensor: False,
+) -> Manifest:
+    """Export the model directory `source` into its own `onnx/`, or into a new model directory `target`.
+
+    ``precision``: "fp32" or "int8" (8-bit blocks of 128, see `export.quantize`). ``keep_float``: names of further
+    tensors that stay float32. What is there is replaced only once the new export works.
+    Raises ModelError for damaged weights and for an fp32 export that does not compute what PyTorch does, UsageError
+    for an unknown precision or a target that is in the way.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    _require_onnx()
+    if target is None and "architecture" not in read_config(source):
+        raise UsageError(f"{source} is a published checkpoint; give --out a new directory for the model")
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} exists and is not an empty directory; give --out a new one")
+    config, tensors = read_model_directory(source, compare=False)
+    directory = source if target is None else target
+    directory.mkdir(parents=True, exist_ok=True)
+    with _reported(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".exporting-") as temporary:
+        work = Path(temporary)
+        manifest = write_graphs(work, config, tensors, precision, keep_float)
+        manifest = _verified(work, config, tensors, manifest, _tokenizer(config, source))
+        if target is not None:
+            (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
+            for name in _BESIDE:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, directory / name)
+        if (directory / FOLDER).exists():
+            (directory / FOLDER).replace(work / "before")
+        (work / FOLDER).replace(directory / FOLDER)
+    return manifest
+
+
+def write_graphs(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    precision: str,
+    keep_float: Callable[[str], bool] = lambda tensor: False,
+) -> Manifest:
+    """Write `directory`/onnx with an unverified manifest. Raises ModelError when tensors and configuration differ."""
+    import onnxruntime
+
+    from rlm_engine.export.designs import build_graphs, stays_float
+    from rlm_engine.export.graphs import IR_VERSION, OPSET, WeightFile, Weights
+
+    folder = directory / FOLDER
+    folder.mkdir()
+    weight_file = WeightFile(folder / WEIGHTS)
+    weights = Weights(
+        tensors, weight_file, lambda name: precision == "int8" and not stays_float(name) and not keep_float(name)
+    )
+    files = {}
+    try:
+        for name, model in build_graphs(config, weights):
+            raw = model.SerializeToString()
+            (folder / f"{name}.onnx").write_bytes(raw)
+            files[f"{name}.onnx"] = StoredFile(len(raw), hashlib.sha256(raw).hexdigest())
+    finally:
+        digest = weight_file.close()
+    files[WEIGHTS] = StoredFile(weight_file.size, digest)
+    manifest = Manifest(
+        precision=precision,
+        parameters=sum(tensor.size for tensor in tensors.values()),
+        opset=OPSET,
+        ir_version=IR_VERSION,
+        onnxruntime=onnxruntime.__version__,
+        settings=frozen_settings(config),
+        files=files,
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _verified(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    manifest: Manifest,
+    tokenizer: Tokenizer | None,
+) -> Manifest:
+    """The manifest with what a comparison with PyTorch's float32 found; as it is where there is no PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        return manifest
+    from rlm_engine.backends.onnx import open_onnx
+    from rlm_engine.backends.torch import TorchBackend
+    from rlm_engine.models import module_from
+
+    single = {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
+    pieces = module_from(config, single).pieces()
+    ids = _sample(config, tokenizer)
+    expected, depths = _decode(TorchBackend(pieces, torch.float32), config, ids)
+    found, found_depths = _decode(open_onnx(directory, config), config, ids)
+    same = np.array([a == b for a, b in zip(depths, found_depths, strict=True)])
+    difference = float(np.abs(found - expected)[same].max()) if same.any() else float("inf")
+    verification = Verification(
+        reference=f"torch {torch.__version__}, float32",
+        tokens=len(ids),
+        logits_max_difference=difference,
+        depth_agreement=float(same.mean()),
+        top1_agreement=float((found.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+    )
+    # a halting decision on the edge may fall either way; the states after it then differ
+    allowed = FP32_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    if manifest.precision == "fp32" and (difference > allowed or same.mean() < 0.95):
+        raise ModelError(
+            f"the exported graphs differ from PyTorch by {difference:.2g} in a logit (allowed {allowed:.2g}), depths "
+            f"agree for {same.mean():.0%}; nothing was replaced"
+        )
+    manifest = replace(manifest, verification=verification)
+    (directory / FOLDER / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _sample(config: ModelConfig, tokenizer: Tokenizer | None) -> list[int]:
+    count = min(SAMPLE_TOKENS, config.context_length)
+    if tokenizer is not None:
+        return tokenizer.encode(_SAMPLE)[:count]
+    return np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
+
+
+def _decode(backend: Backend, config: ModelConfig, ids: list[int]) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+    """Logits [tokens, vocabulary] and passes of every token: half of them as a prompt, the rest one by one."""
+    from rlm_engine.generate import Model
+
+    decoder: Decoder = Model("", config, backend, None, 0).new_decoder()
+    half = max(1, len(ids) // 2)
+    results = [decoder.feed([ids[:half]], "all"), *(decoder.feed([[i]]) for i in ids[half:])]
+    return np.concatenate([r.logits for r in results]), [t.steps for r in results for t in r.traces]
+
+
+def _tokenizer(config: ModelConfig, directory: Path) -> Tokenizer | None:
+    from rlm_engine.tokenizer import load_tokenizer
+
+    return load_tokenizer(config, directory)
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"exporting needs the package {error.name}: pip install 'rlm-chat[export]'") from None
+
+
+@contextlib.contextmanager
+def _reported(directory: Path) -> Iterator[None]:
+    """A full disk or a folder that cannot be written is a line, not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{error.filename or directory}: {error.strerror}") from None
