@@ -9,6 +9,7 @@ from typing import Any
 
 from rlm_engine.errors import EngineError
 from rlm_engine.version import __version__
+from rlm_training.data_cli import add_data_commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,11 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rlm-train {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    prepare = commands.add_parser("prepare", help="tokenize text and conversations into memory-mapped shards")
-    prepare.add_argument("paths", nargs="+", type=Path, help=".txt, .jsonl, .jsonl.zst files, or folders of them")
-    prepare.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    prepare.add_argument("--workers", type=int, default=1, help="processes to tokenize with (default 1)")
-    prepare.set_defaults(run=_prepare)
+    add_data_commands(commands)
 
     for stage, text in (("pretrain", "train on the prepared text"), ("sft", "fine-tune on conversations")):
         command = commands.add_parser(stage, help=text)
@@ -56,15 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _prepare(options: argparse.Namespace) -> int:
-    from rlm_training.prepare import prepare
-
-    index = prepare(options.paths, options.out, options.workers, progress=sys.stderr.isatty())
-    for name, facts in index["sources"].items():
-        print(f"{name:32} {facts['documents']:>9,} documents {facts['tokens']:>13,} tokens")
-    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -16,12 +16,12 @@ Version 1 folders (one NAME.bin, NAME.docs.npy, NAME.mask.bin per source, uint16
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -40,7 +40,7 @@ CHAT_FORMAT = ChatFormat(
 
 
 class Concatenated:
-    """Several one-dimensional arrays read as one. Slices are copied only where they span a border."""
+    """One-dimensional arrays read as one, by position or slice. Slices are copied only where they span a border."""
 
     def __init__(self, parts: list[np.ndarray]):
         self._parts = parts
@@ -50,7 +50,11 @@ class Concatenated:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, span: slice) -> np.ndarray:
+    def __getitem__(self, span: slice | int) -> Any:
+        if not isinstance(span, slice):
+            span = range(len(self))[span]  # IndexError past the end
+            part = int(np.searchsorted(self._ends, span, side="right"))
+            return self._parts[part][span - int(self._ends[part])]
         start, stop, step = span.indices(len(self))
         if step != 1:
             raise IndexError("only contiguous slices can be read")
@@ -101,7 +105,7 @@ def verify(folder: Path) -> int:
     for name, facts in index["sources"].items():
         for shard in _shards(name, facts):
             files |= shard.get("files") or {shard["tokens_file"]: {"sha256": facts["sha256"]}}
-        for shard in facts.get("heldout", {}).get("shards", []):
+        for shard in facts.get("heldout", []):
             files |= {f"heldout/{file}": known for file, known in shard["files"].items()}
     files |= {file: {"sha256": digest} for file, digest in index.get("tokenizer_files", {}).items()}
     for file, known in files.items():
@@ -144,74 +148,66 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 65_536 else np.uint32
 
 
-@dataclass
 class ShardWriter:
     """Writes one shard; its files get their names only in `close`, so a crash leaves nothing that looks whole.
 
-    With ``masked=False`` no mask file is written when no token was marked.
+    A shard without documents has no files, one without a marked token no mask file.
     """
 
-    folder: Path
-    stem: str
-    dtype: type[np.unsignedinteger[Any]]
-    tokens: int = 0
-    starts: list[int] = field(default_factory=lambda: [0])
-    any_mask: bool = False
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._paths = {kind: self.folder / f"{self.stem}.{kind}" for kind in ("bin", "mask.bin", "docs.npy")}
-        self._files = {kind: self._temporary(kind).open("wb") for kind in ("bin", "mask.bin")}
-        self._digests = {kind: hashlib.sha256() for kind in self._files}
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            file.close()
-
-    @property
-    def documents(self) -> int:
-        """How many were added."""
-        return len(self.starts) - 1
+    def __init__(self, folder: Path, stem: str, dtype: type[np.unsignedinteger[Any]]):
+        self._folder, self._stem, self._dtype = folder, stem, dtype
+        self.tokens = 0
+        self._starts = [0]
+        self._any_mask = False
+        self._files: dict[str, BinaryIO] = {}
+        self._digests = {kind: hashlib.sha256() for kind in ("bin", "mask.bin")}
 
     def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
         """One document: ids [tokens] and uint8 mask [tokens]."""
-        for kind, data in (("bin", ids.astype(self.dtype).tobytes()), ("mask.bin", mask.astype(np.uint8).tobytes())):
+        if not self._files:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._files = {kind: self._temporary(kind).open("wb") for kind in self._digests}
+        for kind, values, dtype in (("bin", ids, self._dtype), ("mask.bin", mask, np.uint8)):
+            data = values.astype(dtype, copy=False).tobytes()
             self._files[kind].write(data)
             self._digests[kind].update(data)
         self.tokens += len(ids)
-        self.starts.append(self.tokens)
-        self.any_mask = self.any_mask or bool(mask.any())
+        self._starts.append(self.tokens)
+        self._any_mask = self._any_mask or bool(mask.any())
 
     def close(self) -> dict[str, Any]:
         """Put the files in place; returns the shard's entry for the index."""
-        for file in self._files.values():
+        facts: dict[str, Any] = {"documents": len(self._starts) - 1, "tokens": self.tokens, "files": {}}
+        if not self._files:
+            return facts
+        offsets = io.BytesIO()
+        np.save(offsets, np.asarray(self._starts, dtype=np.int64))
+        self._files["docs.npy"] = self._temporary("docs.npy").open("wb")
+        self._files["docs.npy"].write(offsets.getbuffer())
+        self._digests["docs.npy"] = hashlib.sha256(offsets.getbuffer())
+        for kind, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
+            size_bytes = file.tell()
             file.close()
-        if not self.any_mask:
-            self._temporary("mask.bin").unlink()
-        with self._temporary("docs.npy").open("wb") as file:
-            np.save(file, np.asarray(self.starts, dtype=np.int64))
-        facts: dict[str, Any] = {"documents": self.documents, "tokens": self.tokens, "files": {}}
-        for kind, path in self._paths.items():
-            if kind == "mask.bin" and not self.any_mask:
+            if kind == "mask.bin" and not self._any_mask:
+                self._temporary(kind).unlink()
                 continue
-            temporary = self._temporary(kind)
-            if kind in self._digests:
-                digest = self._digests[kind].hexdigest()
-            else:
-                digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
-            facts["files"][path.name] = {"bytes": temporary.stat().st_size, "sha256": digest}
-            temporary.replace(path)
+            name = f"{self._stem}.{kind}"
+            self._temporary(kind).replace(self._folder / name)
+            facts["files"][name] = {"bytes": size_bytes, "sha256": self._digests[kind].hexdigest()}
+        self._files = {}
         return facts
 
+    def discard(self) -> None:
+        """Leave nothing of a shard that was not closed."""
+        for kind, file in self._files.items():
+            file.close()
+            self._temporary(kind).unlink(missing_ok=True)
+        self._files = {}
+
     def _temporary(self, kind: str) -> Path:
-        return self._paths[kind].with_name(self._paths[kind].name + ".tmp")
+        return self._folder / f"{self._stem}.{kind}.tmp"
 
 
 def _shards(name: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -219,7 +215,9 @@ def _shards(name: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
     found = facts.get("shards")
     if found is None:
         return [{"tokens": facts["tokens"], "documents": facts["documents"], "tokens_file": f"{name}.bin"}]
-    return [shard | {"tokens_file": next(f for f in shard["files"] if _is_tokens(f))} for shard in found]
+    return [
+        shard | {"tokens_file": next(f for f in shard["files"] if _is_tokens(f))} for shard in found if shard["files"]
+    ]
 
 
 def _is_tokens(file: str) -> bool:

@@ -71,7 +71,7 @@ _RLM_198M = _Names(
 )
 _GPT2_VOCABULARY = 50257
 _STEPS_MAP = "router.steps_map"
-_CHAT = ChatFormat(
+CHAT_FORMAT = ChatFormat(
     prefix={"user": "<|user|>\n", "assistant": "<|assistant|>\n"},
     suffix={"user": "\n", "assistant": "\n"},
     stop=("<|endoftext|>", "<|user|>"),
@@ -103,7 +103,7 @@ def config(data: Mapping[str, Any], shapes: Shapes, where: str) -> RoutedConfig:
             context_length=fields.integer("max_position_embeddings", 512),
             tokenizer="gpt2" if is_gpt2 else "none",
             added_tokens=names.added_tokens if is_gpt2 else (),
-            chat_format=_CHAT if is_gpt2 else None,
+            chat_format=CHAT_FORMAT if is_gpt2 else None,
             provenance={"published_as": names.published_as},
             n_layers=fields.integer("num_layers"),
             ffn=fields.integer("intermediate_size"),
