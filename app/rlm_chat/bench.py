@@ -78,7 +78,10 @@ class _Child:
                 command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
         command += ["bench", "--child", "--model", name, "--backends", variant]
         command += ["--prompt-tokens", str(options.prompt_tokens), "--new-tokens", str(options.new_tokens)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        # a session of its own: Ctrl-C reaches this process only, which ends the others
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
+        )
 
     def ask(self, request: str) -> dict[str, Any]:
         """Send a line, "" for none, and wait for the answer. Raises what the child raised."""
@@ -144,7 +147,7 @@ class _Children:
 
 def _child(options: argparse.Namespace) -> int:
     """One backend: load, then a round for every line "round" until "result" or the end of standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows sends Ctrl-C to all processes of the terminal
     started = time.perf_counter()
     import dataclasses
 
