@@ -43,12 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
         command.set_defaults(run=_train, stage=stage)
 
-    evaluate = commands.add_parser("evaluate", help="perplexity and depth on held-out text")
-    evaluate.add_argument("model", help="bundled model or model directory")
-    evaluate.add_argument("--heldout", type=Path, required=True, help="prepared folder of held-out text")
-    evaluate.add_argument("--tokens", type=int, default=20_000, help="tokens per domain at most (default 20000)")
-    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    evaluate.set_defaults(run=_evaluate)
+    _add_evaluate(commands)
+    _add_report(commands)
 
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -84,17 +80,96 @@ def _report(values: dict[str, Any]) -> None:
         print(line, flush=True)
 
 
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="perplexity, zero-shot tasks, depth and chat statistics")
+    evaluate.add_argument("model", help="bundled model or model directory")
+    evaluate.add_argument("--heldout", nargs="+", type=Path, default=[], help="files, folders or prepared folders")
+    evaluate.add_argument("--max-tokens", type=int, default=20_000, help="per domain, 0 for all (default 20000)")
+    evaluate.add_argument("--thresholds", default="0.5,0.9,0.99", help="exit thresholds (act), default 0.5,0.9,0.99")
+    evaluate.add_argument("--depths", default=None, help="depth budgets such as 1-8 or 2,4 (default: all there are)")
+    evaluate.add_argument("--tasks", nargs="+", type=Path, default=[], help="zero-shot tasks, .jsonl files or folders")
+    evaluate.add_argument("--limit", type=int, default=0, help="items per task at most (default: all)")
+    evaluate.add_argument(
+        "--chat-prompts",
+        nargs="?",
+        const=Path(),
+        type=Path,
+        help="chat statistics; a file with a prompt a line, or none",
+    )
+    evaluate.add_argument("--chat-seeds", default="1", help="seeds of the sampled replies (default 1)")
+    evaluate.add_argument("--json", type=Path, metavar="OUT", help="write everything as JSON, too (- for the terminal)")
+    evaluate.add_argument("--backend", default="torch", help="torch (default, batched) or onnx")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    evaluate.add_argument("--precision", default="float32", help="float32 (default), or bfloat16: faster, less exact")
+    evaluate.set_defaults(run=_evaluate)
+
+
 def _evaluate(options: argparse.Namespace) -> int:
-    from rlm_training.evaluate import evaluate_heldout, format_table
+    from rlm_training.chat_statistics import default_prompts, read_prompts
+    from rlm_training.evaluate import Plan, evaluate
+    from rlm_training.evaluation_tables import format_evaluation
+    from rlm_training.scoring import load_scorer
 
-    result = evaluate_heldout(options.model, options.heldout, options.tokens)
-    if options.json:
-        import json
-
-        print(json.dumps(result, indent=1))
-    else:
-        print(format_table(result))
+    prompts: list[str] = []
+    if options.chat_prompts is not None:
+        prompts = default_prompts() if options.chat_prompts == Path() else read_prompts(options.chat_prompts)
+    plan = Plan(
+        heldout=tuple(options.heldout),
+        max_tokens=options.max_tokens,
+        thresholds=tuple(_numbers(options.thresholds, "--thresholds", float)),
+        depths=None if options.depths is None else tuple(_numbers(options.depths, "--depths", int)),
+        tasks=tuple(options.tasks),
+        task_limit=options.limit,
+        chat_prompts=tuple(prompts),
+        chat_seeds=tuple(_numbers(options.chat_seeds, "--chat-seeds", int)),
+    )
+    scorer = load_scorer(options.model, options.backend, options.device, options.precision)
+    result = evaluate(scorer, plan, _progress())
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    if options.json == Path("-"):
+        print(text)
+        return 0
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    print(format_evaluation(result))
     return 0
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="a run's curves and tables as one HTML page")
+    report.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run (metrics.jsonl)")
+    report.add_argument("--out", type=Path, help="the page (default RUN/report.html)")
+    report.set_defaults(run=_write_report)
+
+
+def _write_report(options: argparse.Namespace) -> int:
+    from rlm_training.report import write_report
+
+    target = write_report(options.run_folder, options.out)
+    print(f"report written to {target}")
+    return 0
+
+
+def _numbers(text: str, option: str, kind: type[int] | type[float]) -> list[Any]:
+    """Numbers of "1,3,5"; whole ones also as a range "1-8". Raises UsageError."""
+    from rlm_engine.errors import UsageError
+
+    numbers: list[Any] = []
+    try:
+        for part in filter(None, text.split(",")):
+            first, dash, last = part.partition("-")
+            numbers += range(int(first), int(last) + 1) if dash and kind is int else [kind(part)]
+    except ValueError:
+        raise UsageError(f"{option}: {text!r} is not a list of numbers such as 1,2,3") from None
+    return numbers
+
+
+def _progress() -> Any:
+    """Says what is being done on a terminal's last line; None when nobody watches."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
