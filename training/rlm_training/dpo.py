@@ -20,6 +20,7 @@ from rlm_training.loop import AUTOCAST
 from rlm_training.micro import PairSteps, pair_micro
 from rlm_training.objectives import PreferenceObjective
 from rlm_training.preferences import PreferenceBatches, load_preferences
+from rlm_training.pretrain import at_most
 from rlm_training.recipe import Recipe
 from rlm_training.stages import StageData, check_ids, prepared_sources
 
@@ -35,7 +36,7 @@ def dpo(recipe: Recipe, objective: Objective, folder: Path, world: World) -> Sta
     reference = reference_log_probabilities(recipe, objective, pairs, folder, world)
     data = PairSteps(pairs, reference, design.padding, design.masked)
     facts = {"pairs": pairs.count, "left_out": pairs.left_out, "epochs": recipe.dpo.epochs}
-    return StageData(data, recipe.dpo.epochs * pairs.steps, facts)
+    return StageData(data, at_most(recipe, recipe.dpo.epochs * pairs.steps), facts)
 
 
 def reference_log_probabilities(

@@ -27,7 +27,12 @@ def pretrain(recipe: Recipe, objective: Objective, folder: Path, world: World) -
 
 def step_count(recipe: Recipe) -> int:
     """Steps of a pretraining run."""
-    return max(1, recipe.train.tokens // (recipe.train.rows * recipe.train.sequence))
+    return at_most(recipe, max(1, recipe.train.tokens // (recipe.train.rows * recipe.train.sequence)))
+
+
+def at_most(recipe: Recipe, steps: int) -> int:
+    """The data's steps, or train.most_steps if that is less."""
+    return min(steps, recipe.train.most_steps or steps)
 
 
 def shares(recipe: Recipe, sources: dict[str, Source]) -> dict[str, float]:

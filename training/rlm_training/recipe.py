@@ -52,6 +52,7 @@ class TrainConfig:
     """How long and how.
 
     ``tokens``: pretraining tokens (SFT runs through its conversations, DPO through its pairs, and ignore it).
+    ``most_steps``: stop after this many steps even if there is more to read (0: read all); schedules end there.
     ``sequence`` tokens a row, ``rows`` a batch, of all processes together (DPO: pairs a batch); ``micro_rows``: rows
     a process computes at a time, the gradients of a batch being accumulated (0: all it has).
     ``precision``: "float32", "bfloat16" (autocast), "float16" (autocast with loss scaling, for older GPUs).
@@ -66,6 +67,7 @@ class TrainConfig:
 
     tokens: int = 1_000_000
     sequence: int = 512
+    most_steps: int = 0
     rows: int = 8
     micro_rows: int = 0
     seed: int = 1
@@ -86,7 +88,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.sequence < 2 or self.rows < 1 or self.keep < 1:
+        if self.tokens < 1 or self.sequence < 2 or self.rows < 1 or self.keep < 1 or self.most_steps < 0:
             raise UsageError("tokens, sequence, rows and keep must be positive")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")

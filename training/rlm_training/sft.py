@@ -7,7 +7,7 @@ from pathlib import Path
 from rlm_engine.errors import UsageError
 from rlm_training.distributed import Objective, World
 from rlm_training.micro import TokenSteps
-from rlm_training.pretrain import mixed_stream, shares
+from rlm_training.pretrain import at_most, mixed_stream, shares
 from rlm_training.recipe import Recipe
 from rlm_training.shards import Source
 from rlm_training.stages import StageData, check_ids, prepared_sources
@@ -32,7 +32,7 @@ def sft(recipe: Recipe, objective: Objective, folder: Path, world: World) -> Sta
         raise UsageError("the conversations do not fill a single batch; lower train.rows or train.sequence")
     check_ids([sources[name] for name in (*chosen, *recipe.data.mix)], recipe)
     data = TokenSteps(packed, train.sequence, design.padding, design.masked)
-    return StageData(data, packed.steps, {"conversations": chosen})
+    return StageData(data, at_most(recipe, packed.steps), {"conversations": chosen})
 
 
 def _replay(recipe: Recipe, sources: dict[str, Source]) -> MixedStream | None:
