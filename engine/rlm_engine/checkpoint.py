@@ -273,4 +273,5 @@ def write_model_directory(
         (new / "config.json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (directory / "onnx" / "manifest.json").unlink(missing_ok=True)
         for name in ("model.safetensors", "config.json"):
+            (new / name).chmod(0o644)  # a temporary directory's files are private
             (new / name).replace(directory / name)
