@@ -301,6 +301,22 @@ def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
         export_onnx(directory)
 
 
+REFERENCE = Path(__file__).parent / "data" / "reference"
+
+
+@pytest.mark.parametrize("name", ["48m", "90m", "198m"])
+def test_published_checkpoints_export_into_a_model_of_our_own(tmp_path: Path, name: str) -> None:
+    source, target = tmp_path / "published", tmp_path / "ours"
+    source.mkdir()
+    shutil.copy(REFERENCE / f"{name}_weights.safetensors", source / "model.safetensors")
+    shutil.copy(REFERENCE / f"{name}_config.json", source / "config.json")
+    with pytest.raises(UsageError, match="give --out"):
+        export_onnx(source)
+    found = export_onnx(source, target).verification
+    assert found is not None and found.logits_max_difference < 5e-4 and found.depth_agreement == 1.0
+    assert load_model(str(target)).backend_name == "onnx"
+
+
 def test_misuse_of_the_exporter(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="precision must be"):
         export_onnx(exported, precision="int3")

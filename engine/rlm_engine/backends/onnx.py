@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlm_engine.decoding.interface import Array, Cache, Placement
 from rlm_engine.errors import ModelError
 from rlm_engine.export.manifest import FOLDER, check_files, read_manifest
 from rlm_engine.export.signatures import F32, I32, I64, Port, Signature, cache_width, pieces, signatures
+from rlm_engine.machine import physical_cores
 
 OLDEST = (1, 23)  # the first release whose GatherBlockQuantized reads 8-bit tables (verified: 1.22.1 does not)
 PROVIDERS = {
@@ -418,17 +418,3 @@ def _same_shape(found: Sequence[Any], expected: Sequence[str | int]) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0][:300]
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once: a second thread on a core does not read memory faster."""
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, os.cpu_count() or 1)
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text(encoding="ascii").strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))
