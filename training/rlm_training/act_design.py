@@ -60,9 +60,9 @@ class Act:
             document_mask=_document_mask(micro, numbers, segment),
             max_steps=plan.budget,
             keep_states=plan.gate is not None,
-            dense_step=self._dense_step if self.model.training else None,  # held-out rows come in other shapes
+            dense_step=self._dense_step if torch.is_grad_enabled() else None,  # held-out rows come in other shapes
         )
-        if out.memory is not None and self.model.training:
+        if out.memory is not None and torch.is_grad_enabled():
             self.segments[micro.index] = _remember(out.memory, numbers, segment)
         return Forward(out.hidden, out.depth.float(), out)
 

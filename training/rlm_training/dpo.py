@@ -68,7 +68,6 @@ def reference_log_probabilities(
                 batch, slice(0, len(part)), 1, 0, world.device, None, design.padding, masked=design.masked
             )
             result[part] = objective.log_probabilities(micro, Plan(0, budget)).double().cpu()
-    objective.model.train()
     if world.size > 1:
         total = result.to(world.device)
         dist.all_reduce(total)

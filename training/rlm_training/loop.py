@@ -92,7 +92,7 @@ class Trainer:
         metrics = runs.Metrics(self.folder, start, self.recipe.train.tensorboard) if leads else None
         last: dict[str, Any] = {"step": start}
         skipped, saved_at = 0, time.monotonic()
-        self._model.train()
+        self._train_mode()
         with self._signals(), self._display.running(start, self.steps):
             for step in range(start, self.steps):
                 began = time.monotonic()
@@ -204,8 +204,10 @@ class Trainer:
         return Plan(step, budget, ponder.price_at(step, self.steps), memory, gate, vocabulary)
 
     def _depth_budget(self, step: int) -> int:
-        """Recurrences of this step: the growth schedule, sometimes a random earlier stop."""
+        """Recurrences of this step: by growth, sometimes a random earlier stop; DPO: all, as its reference."""
         ponder = self.recipe.ponder
+        if self.recipe.stage == "dpo":
+            return self._design.deepest
         most = ponder.max_steps(step, self.steps)
         rng = np.random.default_rng([self.recipe.train.seed, 3, step])
         if most > 3 and rng.random() < ponder.random_stop:
@@ -222,6 +224,9 @@ class Trainer:
         ids, places, offset = self._sampled.draw(targets, generator)
         device = self._world.device
         return ids.to(device), places.to(device), offset.to(device)
+
+    def _train_mode(self) -> None:
+        self._model.train(self.recipe.stage != "dpo")  # no dropout there: the reference had none
 
     def _freeze_trunk(self) -> None:
         assert isinstance(self._design, Act)
@@ -240,14 +245,14 @@ class Trainer:
         """
         plan = Plan(self.steps)
         if isinstance(self._design, Act):
-            plan = Plan(self.steps, budget=self.recipe.ponder.max_steps(self.steps - 1, self.steps))
+            plan = Plan(self.steps, budget=self.recipe.ponder.max_steps(self.steps, self.steps))
         result = {}
         self._model.eval()
         averaged = self._average.applied() if self._average is not None else contextlib.nullcontext()
         with averaged, torch.no_grad(), self._autocast():
             for name, micro in self._heldout.items():
                 result[name] = round(float(self.objective(micro, plan)[1]["loss"]), 4)
-        self._model.train()
+        self._train_mode()
         mean = sum(result.values()) / len(result)
         if mean < self._best:
             self._best = mean

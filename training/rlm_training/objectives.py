@@ -116,7 +116,7 @@ def _token_loss(design: Design, micro: Micro, plan: Plan, compiled: bool) -> tup
         micro.scale.flatten(),
         offset=offset,
         cap=design.cap,
-        compiled=compiled and design.model.training,
+        compiled=compiled and torch.is_grad_enabled(),
     )
     losses = losses.view(micro.counts.shape)
     statistics = {"loss": (losses.double() * micro.scale.double()).sum()}

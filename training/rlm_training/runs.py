@@ -53,9 +53,8 @@ def placed(target: Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             remove(temporary)
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{target}: the checkpoint could not be written ({reason}); the previous one is kept: "
+            f"{target}: the checkpoint could not be written ({reason(error)}); the previous one is kept: "
             "make room and continue with --resume"
         ) from None
 
@@ -80,7 +79,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return state
         except (OSError, RuntimeError, ValueError, EOFError) as error:
-            print(f"rlm-train: {path} cannot be read ({str(error).splitlines()[0]})", file=sys.stderr)
+            print(f"rlm-train: {path} cannot be read ({reason(error)})", file=sys.stderr)
     if found:
         raise InputError(f"{folder}: none of its {len(found)} checkpoints can be read")
     return None
@@ -116,6 +115,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of an error's text."""
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 def _flush(path: Path) -> None:

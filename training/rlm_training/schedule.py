@@ -79,7 +79,7 @@ class PonderConfig:
     ``growth``: pairs (share of the run, recurrences from there on), e.g. [[0, 2], [0.3, 4], [0.6, 8]].
     ``price``: nats per recurrence the ponder cost charges, 0 until ``price_from``, then linear to its value at
     ``price_full`` (shares of the run). ``random_stop``: with this probability a step trains with a uniformly drawn
-    smaller budget of at least 3 recurrences, so that every depth becomes usable.
+    smaller budget of at least 3 recurrences, so that every depth becomes usable. (DPO always runs all recurrences.)
     ``memory``: pairs (share of the run, tokens of segment memory from there on); every batch row then reads one
     contiguous stream and sees the detached keys and values of that many tokens before its segment (Dai et al. 2019).
     ``memory_documents``: attention, memory included, stays within a document (ended by eos_token_id).

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from rlm_engine.errors import InputError, UsageError
 from rlm_training.distributed import Objective, World
 from rlm_training.optim import HybridOptimizer
-from rlm_training.runs import checkpoints, placed, remove, step_of
+from rlm_training.runs import checkpoints, placed, reason, remove, step_of
 
 
 def save(
@@ -40,9 +40,8 @@ def save(
     try:
         save_shards(_tensors(objective, optimizer, average), checkpoint_id=temporary)
     except Exception as error:  # whatever the storage writer raised, on this process or another
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{target}: the checkpoint could not be written ({reason}); the previous one is kept"
+            f"{target}: the checkpoint could not be written ({reason(error)}); the previous one is kept"
         ) from None
     if world.leads:
         facts = {"step": step, "processes": world.size, "updates": updates, **progress}
