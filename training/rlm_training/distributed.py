@@ -103,7 +103,9 @@ def gradients_stay(wrapped: nn.Module, keep: bool) -> Iterator[None]:
         with wrapped.no_sync() if keep else contextlib.nullcontext():
             yield
     else:
-        if hasattr(wrapped, "set_requires_gradient_sync"):
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(wrapped, FSDPModule):
             wrapped.set_requires_gradient_sync(not keep)
         yield
 
