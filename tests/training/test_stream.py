@@ -13,10 +13,17 @@ from rlm_training.stream import UNIT_TOKENS, MixedStream, PackedConversations
 
 
 def source(name: str, lengths: list[int], first: int, parts: int = 1, chat: bool = False) -> Source:
-    """Tokens first, first+1, ...: every token says where it stands. In a chat the second half of a document counts."""
+    """Tokens first, first+1, ...: every token says where it stands.
+
+    In a chat the second half of every other document counts, and all of those between (an assistant began them).
+    """
     tokens = np.arange(first, first + sum(lengths), dtype=np.uint32)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
-    mask = np.concatenate([np.arange(n) >= n // 2 for n in lengths]).astype(np.uint8) if chat else None
+    mask = (
+        np.concatenate([np.arange(n) >= n // 2 * (i % 2) for i, n in enumerate(lengths)]).astype(np.uint8)
+        if chat
+        else None
+    )
     split = [p for p in np.array_split(tokens, parts) if len(p)]
     kind = "chat" if chat else "text"
     return Source(name, Concatenated(split) if parts > 1 else tokens, offsets, mask, kind)
@@ -137,7 +144,8 @@ def test_conversations_are_packed_whole_with_their_masks(seed: int, rows: int, l
         number = starts.index(ids[0] - 1)
         length = lengths[number]
         assert ids == list(range(starts[number] + 1, starts[number] + 1 + length)), "whole and in order"
-        assert weights == [0.0] + [float(i >= length // 2) for i in range(1, length)], "the reply counts, no more"
+        counted = [float(i >= length // 2 * (number % 2)) for i in range(1, length)]
+        assert weights == [0.0, *counted], "the reply counts, no more; nothing precedes a first token"
         seen.append(number)
     assert len(seen) == len(set(seen)), "each once"
     fitting = sum(n <= 33 for n in lengths)
