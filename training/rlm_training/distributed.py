@@ -138,8 +138,7 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(tensor: Any) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def barrier(world: World) -> None:

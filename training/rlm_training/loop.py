@@ -110,6 +110,8 @@ class Trainer:
                     if metrics is not None:
                         metrics.write(values)
                     self._display.step(values)
+                if self._world.size == 1:
+                    stop = stop or float(self._stop)  # asked for during the step: nobody else has to agree
                 if save_now or stop or step + 1 == self.steps:
                     self._save(step + 1)
                     saved_at = time.monotonic()
