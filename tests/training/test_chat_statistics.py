@@ -47,6 +47,7 @@ def test_shares_lengths_and_ngrams_of_known_replies() -> None:
     assert result["distinct_1"] == pytest.approx(6 / 12)
     assert result["distinct_2"] == pytest.approx(5 / 9)  # ab bc cd da xy of 7 + 1 + 1
     assert result["repetition_4"] == pytest.approx(1 / 5)
+    assert result["repetition_4_per_reply"] == pytest.approx(1 / 20)
     assert result["different_replies"] == 3
 
 

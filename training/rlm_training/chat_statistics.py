@@ -108,7 +108,8 @@ def reply_statistics(replies: Sequence[Reply]) -> dict[str, Any]:
     """Shares (0 to 1) over replies, lengths in tokens, and n-gram statistics over words and punctuation marks.
 
     ``distinct_n``: different n-grams among all n-grams of all replies (Li et al. 2016).
-    ``repetition_4``: share of 4-grams that occurred before in the same reply, over all replies.
+    ``repetition_4``: share of 4-grams that occurred before in the same reply, all replies' 4-grams taken together (one
+    long reply that loops weighs much); ``repetition_4_per_reply``: the mean over replies.
     """
     lengths = np.array([reply.tokens for reply in replies])
     words = [split_words(reply.text) for reply in replies]
@@ -123,6 +124,7 @@ def reply_statistics(replies: Sequence[Reply]) -> dict[str, Any]:
         "distinct_1": distinct(words, 1),
         "distinct_2": distinct(words, 2),
         "repetition_4": repetition(words, 4),
+        "repetition_4_per_reply": float(np.mean([repetition([one], 4) for one in words])),
         "different_replies": len({reply.text.strip() for reply in replies}),
         "mean_depth": float(np.mean([reply.mean_depth for reply in replies])),
     }

@@ -32,7 +32,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for line in lines:
         cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
         texts.append("  ".join(cells).rstrip())
-    texts.insert(1, "  ".join("-" * width for width in widths))
+    texts.insert(1, "  ".join("-" * width for width in widths).rstrip())
     return "\n".join(texts)
 
 
@@ -127,7 +127,7 @@ def _random(random: dict[str, Any]) -> str:
         ends = difference["ci95"]
         spread = "-" if ends is None else f"{ends[0]:+.4f} .. {ends[1]:+.4f}"
         rows.append([label, number(mean), number(one["perplexity"]), f"{difference['nats']:+.4f}", spread])
-    return table(("depth at equal mean", "depth", "perplexity", "nats/token worse", "95 %"), rows)
+    return table(("depth at equal mean", "depth", "perplexity, all tokens", "nats/token worse", "95 %"), rows)
 
 
 def _tasks(result: dict[str, Any]) -> str:
@@ -160,6 +160,7 @@ def _chat(chat: dict[str, Any]) -> str:
     facts: list[tuple[str, str]] = [
         ("empty", "percent"), ("ends_by_itself", "percent"), ("format_leaks", "percent"), ("tokens_mean", "number"),
         ("tokens_median", "number"), ("distinct_1", "percent"), ("distinct_2", "percent"), ("repetition_4", "percent"),
+        ("repetition_4_per_reply", "percent"),
         ("different_replies", "count"), ("mean_depth", "number"),
     ]  # fmt: skip
     write = {"percent": percent, "number": lambda v: number(v, 1), "count": lambda v: f"{v:,}"}

@@ -340,7 +340,15 @@ def _evaluation(name: str, evaluation: dict[str, Any]) -> list[str]:
     chat = evaluation.get("chat", {})
     modes = [mode for mode in ("greedy", "sampled") if mode in chat]
     if modes:
-        keys = ("empty", "ends_by_itself", "format_leaks", "distinct_1", "distinct_2", "repetition_4")
+        keys = (
+            "empty",
+            "ends_by_itself",
+            "format_leaks",
+            "distinct_1",
+            "distinct_2",
+            "repetition_4",
+            "repetition_4_per_reply",
+        )
         counts = [(key.replace("_", " "), *(percent(chat[mode][key]) for mode in modes)) for key in keys]
         counts.append(("tokens, mean", *(number(chat[mode]["tokens_mean"], 1) for mode in modes)))
         parts.append(html_table((f"chat, {chat['prompts']} prompts", *modes), counts))

@@ -19,7 +19,9 @@ from rlm_engine.generate import Model, find_model, load_model
 from rlm_engine.sampling import log_softmax
 
 BATCH_TOKENS = 4096  # through the blocks at once
-HEAD_TOKENS = 128  # whose logits are held at once: 25 MB each, which malloc reuses instead of asking for new pages
+# Tokens whose logits are held at once. Float32: 25 MB, which malloc reuses instead of asking for new pages (measured:
+# 1.7 times faster than 1024). Under autocast the head's table is converted anew for every call: more at once.
+HEAD_TOKENS = {"float32": 128, "bfloat16": 1024}
 DECODER_CHUNK = 256
 
 ROUTINGS = ("causal", "teacher-forced")
@@ -162,8 +164,9 @@ class Scorer:
             states, depth = self._forward(torch.from_numpy(ids).to(device), run, depths)
             states, depth = states[take], depth.expand(take.shape)[take]
             parts = []
-            for start in range(0, len(targets), HEAD_TOKENS):
-                part = slice(start, start + HEAD_TOKENS)
+            size = HEAD_TOKENS[self.precision]
+            for start in range(0, len(targets), size):
+                part = slice(start, start + size)
                 parts.append(self._predictions(states[part], targets[part], entropy))
         logprob, greedy, entropies = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         cuts = np.cumsum([len(p) for p in passages])[:-1]
