@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,12 @@ from typing import Any
 from rlm_engine.errors import EngineError
 from rlm_engine.version import __version__
 from rlm_training.data_cli import add_data_commands
+
+_STAGES = (
+    ("pretrain", "train on the prepared text"),
+    ("sft", "fine-tune on conversations"),
+    ("dpo", "fine-tune on pairs of a better and a worse reply"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,12 +43,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add_data_commands(commands)
 
-    for stage, text in (("pretrain", "train on the prepared text"), ("sft", "fine-tune on conversations")):
+    for stage, text in _STAGES:
         command = commands.add_parser(stage, help=text)
         command.add_argument("--recipe", required=True, help="name of a shipped recipe, or a .toml file")
-        command.add_argument("--out", type=Path, required=True, help="folder of the run")
+        command.add_argument("--out", type=Path, help="folder of the run")
         command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
-        command.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
+        command.add_argument("--init", metavar="DIR", help="model directory to start from (train.init)")
+        command.add_argument("--resume", action="store_true", help="continue from the folder's newest checkpoint")
+        command.add_argument("--fsdp", action="store_true", help="under torchrun: FSDP2 instead of DDP (train.fsdp)")
+        command.add_argument("--dry-run", action="store_true", help="print size, cost and expected time, then stop")
         command.set_defaults(run=_train, stage=stage)
 
     _add_evaluate(commands)
@@ -55,29 +66,31 @@ def _train(options: argparse.Namespace) -> int:
     from rlm_engine.errors import UsageError
     from rlm_training.loop import Interrupted
     from rlm_training.recipe import load_recipe
-    from rlm_training.stages import train
+    from rlm_training.stages import dry_run, train
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    overrides = list(options.overrides)
+    if options.init:
+        overrides.append(f"train.init={json.dumps(options.init)}")
+    if options.fsdp:
+        overrides.append("train.fsdp=true")
+    recipe = load_recipe(options.recipe, overrides)
     if recipe.stage != options.stage:
         raise UsageError(f"{options.recipe} is a recipe for `rlm-train {recipe.stage}`")
+    if options.dry_run:
+        print(dry_run(recipe))
+        return 0
+    if options.out is None:
+        raise UsageError("--out is missing: the folder of the run")
+    leads = os.environ.get("RANK", "0") == "0"
     try:
-        target = train(recipe, options.out, options.resume, _report)
+        target = train(recipe, options.out, options.resume)
     except Interrupted:
-        print(f"rlm-train: stopped; continue with --resume --out {options.out}", file=sys.stderr)
+        if leads:
+            print(f"rlm-train: stopped; continue with --resume --out {options.out}", file=sys.stderr)
         return 130
-    print(f"model written to {target}")
+    if leads:
+        print(f"model written to {target}")
     return 0
-
-
-def _report(values: dict[str, Any]) -> None:
-    if values["step"] % 20 == 0 or "heldout" in values:
-        line = (
-            f"step {values['step']:6}  loss {values['loss']:.3f}  depth {values['depth']:.2f}/{values['budget']}"
-            f"  lr x{values['lr_scale']:.2f}  {values['tokens_per_s']:.0f} tokens/s"
-        )
-        if "heldout" in values:
-            line += "  held out " + " ".join(f"{k} {v:.2f}" for k, v in values["heldout"].items())
-        print(line, flush=True)
 
 
 def _add_evaluate(commands: Any) -> None:
