@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlm_engine.generate import BUNDLED, describe_model
-from rlm_engine.machine import processor_name, physical_cores
+from rlm_engine.machine import physical_cores, processor_name
 from rlm_training.evaluation_tables import format_evaluation
 
 # Where each source of the training data comes from, and its licence.
@@ -23,7 +23,7 @@ SOURCES = {
     "wikipedia": ("English Wikipedia articles", "CC-BY-SA-3.0 / GFDL"),
     "openstax": ("OpenStax textbooks", "CC-BY-4.0"),
     "pretrain-storybooks": ("African, Asian and Pratham storybooks", "CC-BY"),
-    "chat-storybooks": ("the same as answers to requests", "CC-BY"),
+    "chat-storybooks": ("African, Asian and Pratham storybooks, told on request", "CC-BY"),
     "authored": ("conversations composed one by one for this project, with a large language model", "CC0-1.0"),
     "ms_personality_chat": ("Microsoft personality chat", "MIT"),
     "chatterbot": ("ChatterBot corpus", "BSD-3-Clause"),
@@ -105,8 +105,10 @@ def data(run: Path, recipe: dict[str, Any]) -> list[str]:
     for name, weight in recipe["data"]["mix"].items():
         epochs = planned["epochs"][name] * read
         rows.append(f"| {SOURCES[name][0]} | {100 * weight / share:.1f} % | {epochs:.2g} | {SOURCES[name][1]} |")
-    note = "Held-out documents were split off before training. No evaluation set is among the sources; whether passages of "
-    note += "them occur in the training text was not searched for."
+    note = (
+        "Held-out documents were split off before training. No evaluation set is among the sources; whether passages "
+        "of them occur in the training text was not searched for."
+    )
     return [*rows, "", note]
 
 
