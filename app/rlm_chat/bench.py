@@ -219,12 +219,7 @@ def _notes(results: list[Measurement], busy: float | None, cores: int) -> list[s
                 f"{_label(fastest)} is not limited by memory alone: it reads {megabytes}, {share}. "
                 "The rest is arithmetic, the fixed cost of a token, or other programs."
             )
-    # on a machine that does other things the line may come out absurd: then it says nothing
-    if (
-        fastest.recurrence_s is not None
-        and fastest.fixed_s is not None
-        and min(fastest.recurrence_s, fastest.fixed_s) > 0
-    ):
+    if fastest.recurrence_s is not None and fastest.fixed_s is not None:
         part = 1 - fastest.fixed_s * fastest.decode_tokens_per_s
         if part > 0:
             notes.append(f"{part:.0%} of a token's time are its recurrences, the part that a smaller depth saves.")

@@ -54,6 +54,7 @@ class Measurement:
     logits comes on top (``sampling_s`` each, default settings). ``*_best``: the fastest round.
     ``recurrence_s``, ``fixed_s``: slope and intercept of the least-squares line of time per token over recurrences;
     the intercept is the head, the layers outside the recursion, and what Python and the backend cost per token.
+    None when other programs disturbed the rounds by more than a recurrence costs.
     ``weight_bytes``: weights read for a token of mean depth, each matrix as often as it is applied.
     ``read_bytes_per_s``: weight_bytes times the decoding rate; ``streaming_share``: its part of what `machine.
     streaming_read_limit` says. Memory is that of the whole process.
@@ -207,6 +208,8 @@ class Meter:
             for budget, seen in sorted(self._by_budget.items())
         )
         line = fit_line([p.recurrences for p in points], [p.token_s for p in points])
+        if line is not None and min(line) <= 0:
+            line = None  # other programs disturbed the rounds by more than a recurrence costs
         sizes = bytes_per_application(model, self._directory)
         weight_bytes = None if sizes is None else mean_weight_bytes(model.config, sizes, self._traces)
         rate = self.new_tokens / decode
