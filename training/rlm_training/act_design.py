@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlm_engine.models.act import ActMemory, ActModel, ActOutput
 from rlm_training.designs import Forward, Plan
-from rlm_training.losses import head_cross_entropy
+from rlm_training.losses import token_cross_entropy
 from rlm_training.micro import Micro
 from rlm_training.schedule import PonderConfig
 
@@ -98,8 +98,7 @@ class Act:
                 y, left = y + p.to(state.dtype).unsqueeze(-1) * state, left - p
         y = y + left.to(y.dtype).unsqueeze(-1) * out.states[n - 1]
         hidden = self.model.final_norm(y).flatten(0, 1)
-        targets, counts = micro.targets.flatten(), micro.counts.flatten()
-        _, losses = head_cross_entropy(hidden, self.head(), targets, counts, cap=self.cap)
+        losses = token_cross_entropy(hidden, self.head(), micro.targets.flatten(), cap=self.cap)
         return losses.view(micro.counts.shape)
 
     def _number_documents(self, inputs: Tensor, segment: Segment | None) -> Tensor | None:
