@@ -234,7 +234,14 @@ def test_a_backends_error_reaches_the_reader(directory: Path, capsys: pytest.Cap
 def test_interrupted_cleanly(directory: Path) -> None:
     """Ctrl-C at once, while the first backend is still loading: one line, 130, and no process is left."""
     command = [sys.executable, "-m", "rlm_chat", *small_options(directory), "--backends", "torch"]
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    parent = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        # a shell's background job, which these tests may be part of, ignores SIGINT and hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     deadline = time.monotonic() + 60
     while not (started := children.read_text().split()):
