@@ -60,6 +60,7 @@ class Stream:
         depths = []
         for i, piece in enumerate(pieces(text)):
             if i == crash_after:
+                time.sleep(1.0)  # the worker collects tokens for some milliseconds before it sends them
                 print("native code: something terrible happened", file=sys.stderr, flush=True)
                 os.abort()
             if pause_s:
