@@ -1,7 +1,8 @@
 """Write the card of a bundled model from its run and its evaluation; no figure in a card is typed by hand.
 
 rlm-train evaluate base --heldout HELDOUT --tasks TASKS --json evaluation.json
-python packaging/model_card.py base --run training/runs/act-15m --evaluation evaluation.json
+python packaging/model_card.py base --run training/runs/act-15m training/runs/act-15m-continue \\
+    --evaluation evaluation.json
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +37,66 @@ SOURCES = {
     "classic_tales": ("fables and fairy tales on request", "public domain"),
     "synthetic_basic": ("arithmetic, spelling, alphabetical order, made by a script", "CC0-1.0"),
     "opentriviaqa": ("OpenTriviaQA", "CC-BY-SA-4.0"),
+    "openstax_qa": ("glossaries and solved exercises of OpenStax textbooks", "CC-BY-4.0"),
+    "chat-factbook": ("questions over the CIA World Factbook", "public domain"),
+    "sgd_dialogue": ("Schema-Guided Dialogue as text", "CC-BY-SA-4.0"),
+    "docs": ("Rust Book, tldr pages, exercise texts, FOLDOC, Jargon File", "MIT, CC-BY-4.0, GFDL, public domain"),
+    "code": ("TheAlgorithms/Python, the standard library of CPython", "MIT, PSF-2.0"),
+    "chat-recipes": ("recipes of based.cooking on request", "public domain"),
 }
+DESIGNS = {
+    "act": "ACT design (one shared block, adaptive halting per token)",
+    "blend": "rlm-48m design (soft-blended depths)",
+    "routed": "rlm-90m design (1, 3 or 5 passes of a recursive layer)",
+    "mixture": "mor design (a depth router in every layer)",
+}
+NOTE = (
+    "Held-out documents were split off before training. From the second pretraining run on, documents that share 13 "
+    "words in a row with the evaluation sets were left out (32 of 143,370); the first run had not searched for them."
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of a model's training: its recipe, what the data came to, its metrics."""
+
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, run: Path) -> Phase:
+        """The files a run leaves in its folder."""
+        recipe, data = (json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("recipe", "data"))
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return cls(recipe, data, [json.loads(line) for line in lines])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model was trained on in this run."""
+        return sum(step["tokens"] for step in self.metrics)
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source was read."""
+        if self.recipe["stage"] == "sft":
+            return dict(self.data["conversations"])
+        read = self.tokens / self.data["stream_tokens"]
+        return {name: times * read for name, times in self.data["epochs"].items()}
 
 
 def main() -> int:
     """Write README.md into the bundled model's directory; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="bundled model")
-    parser.add_argument("--run", type=Path, required=True, help="folder with recipe.json, data.json and metrics.jsonl")
+    parser.add_argument("--run", type=Path, required=True, nargs="+", help="the model's runs, in order; the last named")
+    parser.add_argument("--before", type=Path, nargs="*", default=[], help="runs of the model it starts from, in order")
     parser.add_argument("--evaluation", type=Path, required=True, help="JSON of rlm-train evaluate")
     options = parser.parse_args()
-    recipe = json.loads((options.run / "recipe.json").read_text(encoding="utf-8"))
-    lines = (options.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    before, phases = ([Phase.read(run) for run in runs] for runs in (options.before, options.run))
     card = "\n".join(
         [
-            *header(options.name, recipe, [json.loads(line) for line in lines]),
-            *data(options.run, recipe),
+            *header(options.name, before, phases),
+            *data(phases),
             *fidelity(options.name),
             *measured(json.loads(options.evaluation.read_text(encoding="utf-8"))),
         ]
@@ -59,57 +105,57 @@ def main() -> int:
     return 0
 
 
-def header(name: str, recipe: dict[str, Any], metrics: list[dict[str, Any]]) -> list[str]:
+def header(name: str, before: list[Phase], phases: list[Phase]) -> list[str]:
     """What it is, how it was trained, what to expect of it."""
     facts = describe_model(BUNDLED / name)
-    tokens = sum(step["tokens"] for step in metrics)
-    seconds = sum(step["tokens"] / step["tokens_per_s"] for step in metrics)
-    kind = "answers messages" if recipe["stage"] == "sft" else "continues text"
-    start = f", starting from the model of `{recipe['train']['init']}`" if recipe["train"].get("init") else ""
+    kind = "answers messages" if phases[-1].recipe["stage"] == "sft" else "continues text"
+    tokens = sum(phase.tokens for phase in before + phases)
     return [
         f"# {name}",
         "",
-        f"A recursive language model of the ACT design that {kind}: {facts['parameters']:,} parameters, one shared "
-        f"block applied up to {facts['max_depth']} times per token, a window of {facts['context_length']} tokens, "
-        "GPT-2's vocabulary and two role tokens. Trained from scratch for rlm-chat.",
+        f"A recursive language model of the {DESIGNS[facts['architecture']]} that {kind}: {facts['parameters']:,} "
+        f"parameters, a window of {facts['context_length']} tokens. Trained from scratch for rlm-chat on "
+        f"{tokens / 1e6:.1f} million tokens.",
         "",
-        "**Expect little.** It is the first model that shipped, small and trained for about an hour: simple sentences, "
-        "often without sense, facts made up, arithmetic wrong. It is here to show how such a model thinks, and will be "
-        "replaced. Do not rely on anything it says.",
+        "**Expect little.** Two CPU cores trained it in a few hours; models that know things read a thousand to a "
+        "million times as much. It writes simple sentences, often loses the thread, makes facts up and cannot "
+        "calculate. It is here to show how such a model thinks. Do not rely on anything it says.",
         "",
         "## Training",
         "",
-        f"`rlm-train {recipe['stage']} --recipe {recipe['name']}`: {tokens:,} tokens in {len(metrics):,} steps"
-        f"{start}, {seconds / 60:.0f} minutes of stepping on two CPU cores that also did other work "
-        f"({processor_name()}, bfloat16). Loss of the last 50 steps "
-        f"{sum(step['loss'] for step in metrics[-50:]) / len(metrics[-50:]):.2f} nats, mean depth "
-        f"{sum(step['depth'] for step in metrics[-50:]) / len(metrics[-50:]):.2f}.",
+        "| run | tokens | steps | minutes | loss at the end | mean depth |",
+        "|---|---|---|---|---|---|",
+        *(training_row(phase) for phase in before + phases),
+        "",
+        f"Minutes of stepping on two cores of {processor_name()} (bfloat16) that also did other work; loss in nats per "
+        "token, mean of the last 50 steps. Recipes, metrics and commands: `training/runs` in the source tree.",
     ]
 
 
-def data(run: Path, recipe: dict[str, Any]) -> list[str]:
-    """The sources with their shares."""
+def training_row(phase: Phase) -> str:
+    """One run as a row of the training table."""
+    seconds = sum(step["tokens"] / step["tokens_per_s"] for step in phase.metrics)
+    last = phase.metrics[-50:]
+    loss, depth = (sum(step[key] for step in last) / len(last) for key in ("loss", "depth"))
+    command = f"`rlm-train {phase.recipe['stage']} --recipe {phase.recipe['name']}`"
+    return f"| {command} | {phase.tokens:,} | {len(phase.metrics):,} | {seconds / 60:.0f} | {loss:.2f} | {depth:.2f} |"
+
+
+def data(phases: list[Phase]) -> list[str]:
+    """The sources: how often each was read in each run, and its licence."""
     rows = ["", "## Data", ""]
-    if recipe["stage"] == "sft":
-        rows += ["Conversations, loss on the replies only, embedding table frozen.", "", "| source | read | licence |"]
-        rows += ["|---|---|---|"]
-        rows += [
-            f"| {SOURCES[name][0]} | {times:g} times | {SOURCES[name][1]} |"
-            for name, times in recipe["data"]["conversations"].items()
-        ]
-        return rows
-    planned = json.loads((run / "data.json").read_text(encoding="utf-8"))
-    read = recipe["train"]["tokens"] / planned["stream_tokens"]
-    share = sum(recipe["data"]["mix"].values())
-    rows += ["| source | share | epochs | licence |", "|---|---|---|---|"]
-    for name, weight in recipe["data"]["mix"].items():
-        epochs = planned["epochs"][name] * read
-        rows.append(f"| {SOURCES[name][0]} | {100 * weight / share:.1f} % | {epochs:.2g} | {SOURCES[name][1]} |")
-    note = (
-        "Held-out documents were split off before training. No evaluation set is among the sources; whether passages "
-        "of them occur in the training text was not searched for."
-    )
-    return [*rows, "", note]
+    if phases[-1].recipe["stage"] == "sft":
+        rows += ["Conversations: loss on the replies only, token table frozen. How often each was read:", ""]
+    else:
+        rows += ["How often each source was read (epochs):", ""]
+    read = [phase.epochs() for phase in phases]
+    names = list(dict.fromkeys(name for epochs in read for name in epochs))
+    rows += [f"| source | {' | '.join(phase.recipe['name'] for phase in phases)} | licence |"]
+    rows += ["|---" * (len(phases) + 2) + "|"]
+    for name in names:
+        times = " | ".join(f"{epochs[name]:.2g}" if name in epochs else "-" for epochs in read)
+        rows.append(f"| {SOURCES[name][0]} | {times} | {SOURCES[name][1]} |")
+    return [*rows, "", NOTE]
 
 
 def fidelity(name: str) -> list[str]:
