@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     from rlm_engine.errors import UsageError
+    from rlm_training.allocator import keep_freed_memory
     from rlm_training.loop import Interrupted
     from rlm_training.recipe import load_recipe
     from rlm_training.stages import dry_run, train
@@ -82,6 +83,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.out is None:
         raise UsageError("--out is missing: the folder of the run")
     leads = os.environ.get("RANK", "0") == "0"
+    keep_freed_memory()
     try:
         target = train(recipe, options.out, options.resume)
     except Interrupted:
@@ -118,6 +120,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from rlm_training.allocator import keep_freed_memory
     from rlm_training.chat_statistics import default_prompts, read_prompts
     from rlm_training.evaluate import Plan, evaluate
     from rlm_training.evaluation_tables import format_evaluation
@@ -136,6 +139,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         chat_prompts=tuple(prompts),
         chat_seeds=tuple(_numbers(options.chat_seeds, "--chat-seeds", int)),
     )
+    keep_freed_memory()
     scorer = load_scorer(options.model, options.backend, options.device, options.precision)
     result = evaluate(scorer, plan, _progress())
     text = json.dumps(result, indent=1, ensure_ascii=False)

@@ -25,6 +25,7 @@ from rlm_engine.config import ModelConfig
 from rlm_engine.errors import UsageError
 from rlm_training import runs, sharding
 from rlm_training.act_design import Act
+from rlm_training.allocator import release_free_memory
 from rlm_training.averaging import WeightAverage
 from rlm_training.compute import training_flops
 from rlm_training.designs import Plan
@@ -286,6 +287,7 @@ class Trainer:
             runs.save_checkpoint(self.folder, step, state)
         if world.leads:
             runs.prune(self.folder, self.recipe.train.keep)
+        release_free_memory()
         barrier(world)
 
     def _restore(self) -> int:
