@@ -12,14 +12,6 @@ from rlm_engine.config import ActConfig, BlendConfig, MixtureConfig, ModelConfig
 from rlm_engine.export.graphs import GraphBuilder, Weights
 from rlm_engine.export.signatures import signatures
 
-# Choosing how deep to think is a matter of close decisions and few weights: these stay in float32.
-_ALWAYS_FLOAT = ("halt.", "router", "positions.", "step_embedding")
-
-
-def stays_float(tensor: str) -> bool:
-    """Whether a matrix is never quantized: halting head, routers, position and step embeddings."""
-    return any(part in tensor for part in _ALWAYS_FLOAT)
-
 
 def build_graphs(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, onnx.ModelProto]]:
     """Name and graph of everything in `signatures(config)`; raises ModelError for weights that do not fit."""

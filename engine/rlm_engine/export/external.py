@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _MAX_DEPTH = 16  # graphs within graphs; ours nest as deep as a mixture layer has passes
-_EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # fields of TensorProto
+_NAME, _EXTERNAL_DATA, _DATA_LOCATION = 8, 13, 14  # fields of TensorProto
+PICKED = ".rows"  # in the names of tensors of which a graph reads only the rows that are looked up
 # message -> field number -> message it holds
 _FOLLOWED: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -27,9 +28,15 @@ _FOLLOWED: dict[str, dict[int, str]] = {
 class ExternalTensor:
     """A tensor stored outside of the graph's file. ``location`` is the file's name as the graph gives it."""
 
+    name: str
     location: str
     offset: int
     length: int
+
+    @property
+    def is_picked(self) -> bool:
+        """Whether only rows of it are read, of a table exported in 8 bits."""
+        return PICKED in self.name
 
 
 def external_tensors(data: bytes) -> list[ExternalTensor]:
@@ -51,9 +58,11 @@ def _walk(data: memoryview, message: str, depth: int) -> Iterator[ExternalTensor
 
 def _tensor(data: memoryview) -> Iterator[ExternalTensor]:
     entries: dict[str, str] = {}
-    external = False
+    external, name = False, ""
     for field, value in _fields(data):
-        if field == _EXTERNAL_DATA and isinstance(value, memoryview):
+        if field == _NAME and isinstance(value, memoryview):
+            name = bytes(value).decode("utf-8")
+        elif field == _EXTERNAL_DATA and isinstance(value, memoryview):
             pair = {number: bytes(text).decode("utf-8") for number, text in _fields(value) if not isinstance(text, int)}
             if pair.get(1, "") in entries:
                 raise ValueError("an external data key occurs twice")
@@ -61,7 +70,8 @@ def _tensor(data: memoryview) -> Iterator[ExternalTensor]:
         elif field == _DATA_LOCATION:
             external = value == 1
     if external or entries:
-        yield ExternalTensor(entries.get("location", ""), int(entries.get("offset", "0")), int(entries["length"]))
+        offset, length = int(entries.get("offset", "0")), int(entries["length"])
+        yield ExternalTensor(name, entries.get("location", ""), offset, length)
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -13,7 +13,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rlm_engine.config import ModelConfig
 from rlm_engine.errors import ModelError
-from rlm_engine.export.quantize import BLOCK, quantize_blocks
+from rlm_engine.export.external import PICKED
+from rlm_engine.export.quantize import (
+    RESIDUAL_LEVELS,
+    Storage,
+    dequantize_blocks,
+    quantize_blocks,
+    quantize_residual,
+)
 from rlm_engine.export.signatures import F32, I32, I64, Port, Signature, cache_width
 
 OPSET, IR_VERSION = 18, 8
@@ -21,6 +28,15 @@ CONTRIB = "com.microsoft"  # GroupQueryAttention, RotaryEmbedding, MatMulNBits, 
 ALIGNMENT = 4096  # of a tensor in the file: its pages can be mapped
 _TYPES = {F32: TensorProto.FLOAT, I64: TensorProto.INT64, I32: TensorProto.INT32}
 _ACCURACY_LEVEL = 4  # MatMulNBits: activations in 8 bits too, the fast integer kernels
+
+
+# Choosing how deep to think is a matter of close decisions and few weights: these stay in float32.
+_ALWAYS_FLOAT = ("halt.", "router", "positions.", "step_embedding")
+
+
+def stays_float(tensor: str) -> bool:
+    """Whether a matrix is never quantized: halting head, routers, position and step embeddings."""
+    return any(part in tensor for part in _ALWAYS_FLOAT)
 
 
 class WeightFile:
@@ -55,11 +71,11 @@ class WeightFile:
 
 
 class Weights:
-    """A model's tensors as the graphs take them: checked, float32, matrices in 8 bits where ``quantize`` says so."""
+    """A model's tensors as the graphs take them: checked, float32. ``storage``: how to quantize them, None: not."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], file: WeightFile, quantize: Callable[[str], bool]):
+    def __init__(self, tensors: Mapping[str, np.ndarray], file: WeightFile, storage: Storage | None = None):
         self._tensors = tensors
-        self._quantize = quantize
+        self.storage = storage
         self.file = file
         self.used: set[str] = set()
 
@@ -72,10 +88,6 @@ class Weights:
             raise ModelError(f"tensor {name!r} is {list(tensor.shape)}, the configuration says {list(shape)}")
         self.used.add(name)
         return tensor.astype(np.float32, copy=False)
-
-    def is_quantized(self, name: str) -> bool:
-        """Whether this matrix is stored in 8 bits."""
-        return self._quantize(name)
 
     def check_all_used(self) -> None:
         """Raise ModelError when a tensor went into no graph."""
@@ -120,37 +132,66 @@ class GraphBuilder:
         """x [..., inputs] times the matrix `name`.weight [outputs, inputs] transposed, plus `name`.bias."""
         key = f"{name}.weight"
         matrix = self.weights.take(key, (outputs, inputs))
-        if self.weights.is_quantized(key):
-            out = self._quantized_matmul(x, key, matrix)
-        else:
+        storage, planes = self._stored(key)
+        if not planes:
             out = self.op("MatMul", x, self._external(f"{key}.transposed", matrix.T))
+        else:
+            stored, scales = quantize_blocks(matrix, storage.matrix_block)
+            out = self._quantized_matmul(x, key, inputs, stored, scales)
+        if planes > 1:
+            second = quantize_blocks(matrix - dequantize_blocks(stored, scales, inputs), storage.matrix_block)
+            out = self.op("Add", out, self._quantized_matmul(x, f"{key}.second", inputs, *second))
         return self.op("Add", out, self.vector(f"{name}.bias", outputs)) if bias else out
 
     def unembed(self, x: str, key: str, vocabulary: int, d: int) -> str:
-        """Logits [N, vocabulary] of x [N, d]: the table as `lookup` stores it, so that tied models keep one."""
+        """Logits [N, vocabulary] of x [N, d]: the table as `lookup` stores it, so that tied models keep one.
+
+        The likeliest tokens of an 8-bit table get the logits of both its planes: which of them is ahead decides what
+        is said, and all the others need not be exact.
+        """
         table = self.weights.take(key, (vocabulary, d))
-        if self.weights.is_quantized(key):
-            return self._quantized_matmul(x, key, table)
-        return self.op("Gemm", x, self._external(key, table), transB=1)
+        storage, planes = self._stored(key)
+        if not planes:
+            return self.op("Gemm", x, self._external(key, table), transB=1)
+        rough = self._quantized_matmul(x, key, d, *quantize_blocks(table, storage.table_block))
+        if not storage.rescored:
+            return rough
+        count = self.constant("rescored", np.array([min(storage.rescored, vocabulary)]))
+        chosen = self._op("TopK", (rough, count), "", 2, {"axis": -1, "sorted": 0})[1]
+        last = self.constant("last_axis", np.array([2]))
+        products = self.op("MatMul", self.lookup(chosen, key, vocabulary, d), self.op("Unsqueeze", x, last))
+        return self.op("ScatterElements", rough, chosen, self.op("Squeeze", products, last), axis=1)
 
     def lookup(self, ids: str, key: str, rows: int, d: int) -> str:
-        """Rows [N, d] of a table."""
+        """Rows [..., d] of a table for ids [...]."""
         table = self.weights.take(key, (rows, d))
-        if not self.weights.is_quantized(key):
+        storage, planes = self._stored(key)
+        if not planes:
             return self.op("Gather", self._external(key, table), ids)
-        stored, scales = quantize_blocks(table)
-        data = self._external(f"{key}.rows", stored.reshape(rows, -1))
-        steps = self._external(f"{key}.row_scales", scales)
-        attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        out = self.op("GatherBlockQuantized", data, ids, steps, domain=CONTRIB, **attributes)
-        if stored.shape[1] * BLOCK == d:
+        stored, scales = quantize_blocks(table, storage.table_block)
+        steps = self._external(f"{key}{PICKED}.scales", scales)
+        out = self._gather(self._external(f"{key}{PICKED}", stored.reshape(rows, -1)), ids, steps, 8)
+        if storage.rescored:
+            packed = self._external(f"{key}{PICKED}.residual", quantize_residual(table, stored, scales))
+            fraction = self.constant("residual_step", np.array(1.0 / RESIDUAL_LEVELS, dtype=np.float32))
+            out = self.op("Add", out, self.op("Mul", self._gather(packed, ids, steps, 4), fraction))
+        if stored.shape[1] * storage.table_block == d:
             return out
-        ends = (np.array([0]), np.array([d]), np.array([1]))
+        ends = (np.array([0]), np.array([d]), np.array([-1]))
         return self.op("Slice", out, *(self.constant(f"to_width.{n}", e) for n, e in enumerate(ends)))
 
-    def _quantized_matmul(self, x: str, key: str, matrix: np.ndarray) -> str:
-        stored, scales = quantize_blocks(matrix)
-        sizes = {"N": matrix.shape[0], "K": matrix.shape[1], "bits": 8, "block_size": BLOCK}
+    def _stored(self, key: str) -> tuple[Storage, int]:
+        """The storage and a matrix's planes of 8 bits; 0 for float32."""
+        storage = self.weights.storage
+        return (storage, 0 if stays_float(key) else storage.planes(key)) if storage else (Storage(), 0)
+
+    def _gather(self, data: str, ids: str, scales: str, bits: int) -> str:
+        assert self.weights.storage is not None
+        attributes = {"bits": bits, "block_size": self.weights.storage.table_block, "gather_axis": 0}
+        return self.op("GatherBlockQuantized", data, ids, scales, domain=CONTRIB, quantize_axis=1, **attributes)
+
+    def _quantized_matmul(self, x: str, key: str, inputs: int, stored: np.ndarray, scales: np.ndarray) -> str:
+        sizes = {"N": len(stored), "K": inputs, "bits": 8, "block_size": stored.shape[2]}
         data, steps = self._external(f"{key}.blocks", stored), self._external(f"{key}.scales", scales.reshape(-1))
         return self.op("MatMulNBits", x, data, steps, domain=CONTRIB, accuracy_level=_ACCURACY_LEVEL, **sizes)
 

@@ -18,6 +18,7 @@ from rlm_engine.checkpoint import read_json
 from rlm_engine.config import ActConfig, BlendConfig, ModelConfig, RoutedConfig
 from rlm_engine.errors import ModelError
 from rlm_engine.export.external import external_tensors
+from rlm_engine.export.quantize import Storage
 from rlm_engine.export.signatures import signatures
 
 FOLDER, MANIFEST, WEIGHTS = "onnx", "manifest.json", "weights.bin"
@@ -33,7 +34,8 @@ class Verification:
     """How the export compared with PyTorch's float32 on a sample text, through the same decoder.
 
     ``logits_max_difference``: over all tokens that took the same depth. ``depth_agreement``, ``top1_agreement``:
-    shares of the tokens with the same depth and the same likeliest next token.
+    shares of the tokens with the same depth and the same likeliest next token. ``logits_tolerance``: the difference
+    above which the export is refused; None for int8, whose error is measured on held-out text instead.
     """
 
     reference: str
@@ -41,6 +43,7 @@ class Verification:
     logits_max_difference: float
     depth_agreement: float
     top1_agreement: float
+    logits_tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of the manifest. ``settings``: those of the configuration that are frozen into the graphs."""
+    """The contents of the manifest. ``settings``: those of the configuration that are frozen into the graphs.
+
+    ``storage``: how the weights were quantized; None for fp32, and for exports older than the record.
+    """
 
     precision: str
     parameters: int
@@ -62,6 +68,7 @@ class Manifest:
     onnxruntime: str
     settings: dict[str, Any]
     files: dict[str, StoredFile]
+    storage: Storage | None = None
     verification: Verification | None = None
 
     def to_json(self) -> str:
@@ -111,6 +118,7 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
 
 def _from_dict(data: dict[str, Any]) -> Manifest:
     """Raises TypeError, ValueError or KeyError saying what is wrong."""
+    data.setdefault("storage", None)
     if set(data) - set(Manifest.__dataclass_fields__):
         raise ValueError(f"unknown key {min(set(data) - set(Manifest.__dataclass_fields__))!r}")
     missing = set(Manifest.__dataclass_fields__) - set(data)
@@ -127,7 +135,13 @@ def _from_dict(data: dict[str, Any]) -> Manifest:
     verification = data["verification"]
     if verification is not None:
         verification = Verification(**verification)
-    return Manifest(**data | {"files": files, "verification": verification})
+    storage = None if data["storage"] is None else _storage(data["storage"])
+    return Manifest(**data | {"files": files, "storage": storage, "verification": verification})
+
+
+def _storage(entry: dict[str, Any]) -> Storage:
+    names: dict[str, Any] = {name: tuple(entry.pop(name, ())) for name in ("double", "single")}
+    return Storage(**entry, **names)
 
 
 def _stored_file(name: str, entry: Any) -> StoredFile:
@@ -139,9 +153,10 @@ def _stored_file(name: str, entry: Any) -> StoredFile:
 
 
 def check_files(directory: Path, manifest: Manifest) -> dict[str, int]:
-    """Check every file; returns how many bytes of `weights.bin` each graph reads. Raises ModelError.
+    """Check every file; returns how many bytes of `weights.bin` each graph reads when it runs. Raises ModelError.
 
-    Regular files (no links), sizes and checksums of the manifest, and nothing outside `weights.bin` is referred to.
+    Rows that are looked up do not count. Regular files (no links), sizes and checksums of the manifest, and nothing
+    outside `weights.bin` is referred to.
     """
     folder = directory / FOLDER
     read_bytes: dict[str, int] = {}
@@ -172,7 +187,7 @@ def _weight_bytes(path: Path, size: int) -> int:
             raise ModelError(f"{path}: wants to read {tensor.location!r}; a graph may read {WEIGHTS} only")
         if tensor.offset < 0 or tensor.length < 0 or tensor.offset + tensor.length > size:
             raise ModelError(f"{path}: wants to read beyond the end of {WEIGHTS}")
-    return sum(tensor.length for tensor in tensors)
+    return sum(tensor.length for tensor in tensors if not tensor.is_picked)
 
 
 def _require_plain(path: Path, kind: Any, what: str) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from rlm_engine.export.manifest import (
     Verification,
     frozen_settings,
 )
+from rlm_engine.export.quantize import Storage
 
 if TYPE_CHECKING:
     from rlm_engine.tokenizer import Tokenizer
@@ -48,12 +49,12 @@ def export_onnx(
     source: Path,
     target: Path | None = None,
     precision: str = "fp32",
-    keep_float: Callable[[str], bool] = lambda tensor: False,
+    storage: Storage | None = None,
 ) -> Manifest:
     """Export the model directory `source` into its own `onnx/`, or into a new model directory `target`.
 
-    ``precision``: "fp32" or "int8" (8-bit blocks of 128, see `export.quantize`). ``keep_float``: names of further
-    tensors that stay float32. What is there is replaced only once the new export works.
+    ``precision``: "fp32" or "int8"; ``storage``: how int8 stores the weights, default `Storage()`.
+    What is there is replaced only once the new export works.
     Raises ModelError for damaged weights and for an fp32 export that does not compute what PyTorch does, UsageError
     for an unknown precision or a target that is in the way.
     """
@@ -69,7 +70,7 @@ def export_onnx(
     directory.mkdir(parents=True, exist_ok=True)
     with _reported(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".exporting-") as temporary:
         work = Path(temporary)
-        manifest = write_graphs(work, config, tensors, precision, keep_float)
+        manifest = write_graphs(work, config, tensors, precision, storage)
         manifest = _verified(work, config, tensors, manifest, _tokenizer(config, source))
         if target is not None:
             (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
@@ -87,20 +88,19 @@ def write_graphs(
     config: ModelConfig,
     tensors: Mapping[str, np.ndarray],
     precision: str,
-    keep_float: Callable[[str], bool] = lambda tensor: False,
+    storage: Storage | None = None,
 ) -> Manifest:
     """Write `directory`/onnx with an unverified manifest. Raises ModelError when tensors and configuration differ."""
     import onnxruntime
 
-    from rlm_engine.export.designs import build_graphs, stays_float
+    from rlm_engine.export.designs import build_graphs
     from rlm_engine.export.graphs import IR_VERSION, OPSET, WeightFile, Weights
 
     folder = directory / FOLDER
     folder.mkdir()
     weight_file = WeightFile(folder / WEIGHTS)
-    weights = Weights(
-        tensors, weight_file, lambda name: precision == "int8" and not stays_float(name) and not keep_float(name)
-    )
+    storage = (storage or Storage()) if precision == "int8" else None
+    weights = Weights(tensors, weight_file, storage)
     files = {}
     try:
         for name, model in build_graphs(config, weights):
@@ -118,6 +118,7 @@ def write_graphs(
         onnxruntime=onnxruntime.__version__,
         settings=frozen_settings(config),
         files=files,
+        storage=storage,
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -146,16 +147,18 @@ def _verified(
     found, found_depths = _decode(open_onnx(directory, config), config, ids)
     same = np.array([a == b for a, b in zip(depths, found_depths, strict=True)])
     difference = float(np.abs(found - expected)[same].max()) if same.any() else float("inf")
+    allowed = FP32_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    exact = manifest.precision == "fp32"
     verification = Verification(
         reference=f"torch {torch.__version__}, float32",
         tokens=len(ids),
         logits_max_difference=difference,
         depth_agreement=float(same.mean()),
         top1_agreement=float((found.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        logits_tolerance=allowed if exact else None,
     )
     # a halting decision on the edge may fall either way; the states after it then differ
-    allowed = FP32_TOLERANCE * max(1.0, float(np.abs(expected).max()))
-    if manifest.precision == "fp32" and (difference > allowed or same.mean() < 0.95):
+    if exact and (difference > allowed or same.mean() < 0.95):
         raise ModelError(
             f"the exported graphs differ from PyTorch by {difference:.2g} in a logit (allowed {allowed:.2g}), depths "
             f"agree for {same.mean():.0%}; nothing was replaced"
