@@ -26,6 +26,7 @@ from rlm_engine.errors import UsageError
 from rlm_training import runs, sharding
 from rlm_training.act_design import Act
 from rlm_training.allocator import release_free_memory
+from rlm_training.attention import fast_attention
 from rlm_training.averaging import WeightAverage
 from rlm_training.compute import training_flops
 from rlm_training.designs import Plan
@@ -269,9 +270,12 @@ class Trainer:
                 "resume from the checkpoint with a lower learning rate (--resume --set optim.lr=...)"
             )
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
         dtype = AUTOCAST.get(self.recipe.train.precision)
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self._world.device.type, dtype)
+        cast = contextlib.nullcontext() if dtype is None else torch.autocast(self._world.device.type, dtype)
+        with cast, fast_attention():
+            yield
 
     def _save(self, step: int) -> None:
         world, progress = self._world, {"usual_loss": self._usual_loss, "best": self._best}

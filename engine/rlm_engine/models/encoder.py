@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlm_engine.models import layers
 from rlm_engine.models.layers import Attend, rotate
 
 
@@ -62,7 +63,7 @@ def masked_attention(mask: Tensor | None, dropout: float, blind: Tensor | None =
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None)
+        out = layers.dense_kernel(q, k, v, mask, dropout_p=dropout, is_causal=mask is None)
         out = out.transpose(1, 2)
         return out if blind is None else out.masked_fill(blind[..., None, None], 0.0)
 

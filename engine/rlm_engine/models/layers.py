@@ -14,6 +14,9 @@ from rlm_engine.decoding.rotary import rotary_tables as rotary_tables
 # dense causal attention (training) or writes to and reads from a cache (decoding). Block code is the same for both.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# What computes attention over dense batches; rlm_training puts a kernel of its own here while it trains on the CPU.
+dense_kernel: Callable[..., Tensor] = F.scaled_dot_product_attention
+
 
 def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Root mean square normalisation over the last axis (Zhang and Sennrich 2019), optionally times a gain."""
@@ -35,11 +38,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     """
     q, k, v = (t.transpose(-2, -3) for t in (q, k, v))
     if mask is None and q.shape[-2] == k.shape[-2]:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = dense_kernel(q, k, v, is_causal=True)
     else:
         if mask is None:
             mask = causal_mask(q.shape[-2], k.shape[-2], device=q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = dense_kernel(q, k, v, attn_mask=mask)
     return out.transpose(-2, -3)
 
 

@@ -17,6 +17,7 @@ from rlm_engine.backends.torch import Piece
 from rlm_engine.config import MixtureConfig
 from rlm_engine.decoding.mixture import embedding_inputs, step_inputs
 from rlm_engine.errors import InputError, UsageError
+from rlm_engine.models import layers
 from rlm_engine.models.layers import Attend, causal_mask, rotate
 
 COST_PER_PASS = 0.1  # what one pass of one row through one layer adds to the computation loss, as published
@@ -261,7 +262,7 @@ class MixtureModel(nn.Module):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (t.transpose(-2, -3) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, dropout_p=rate)
+            out = layers.dense_kernel(q, k, v, attn_mask=visible | blind, dropout_p=rate)
             return out.masked_fill(blind, 0.0).transpose(-2, -3)
 
         return attend
