@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from rlm_engine.config import ActConfig
 from rlm_engine.errors import UsageError
 from rlm_training.distributed import Objective, World
@@ -12,6 +14,7 @@ from rlm_training.recipe import Recipe
 from rlm_training.shards import Source
 from rlm_training.stages import StageData, check_ids, prepared_sources
 from rlm_training.stream import UNIT_TOKENS, MixedStream
+from rlm_training.unigram import expected_counts
 
 
 def pretrain(recipe: Recipe, objective: Objective, folder: Path, world: World) -> StageData:
@@ -20,9 +23,11 @@ def pretrain(recipe: Recipe, objective: Objective, folder: Path, world: World) -
     mix = shares(recipe, sources)
     needed = max(recipe.data.stream_tokens, recipe.train.tokens)
     stream = mixed_stream(recipe, sources, mix, needed, recipe.train.rows)
-    counts = check_ids([sources[name] for name in mix], recipe)
+    counts = {name: check_ids([sources[name]], recipe) for name in mix}
     facts = {"epochs": stream.epochs(), "stream_tokens": stream.row_tokens * stream.rows}
-    return StageData(TokenSteps(stream, recipe.train.sequence), step_count(recipe), facts, counts)
+    steps, data = step_count(recipe), TokenSteps(stream, recipe.train.sequence)
+    seen = expected_counts(counts, mix, steps * recipe.train.rows * recipe.train.sequence)
+    return StageData(data, steps, facts, torch.stack(list(counts.values())).sum(0), seen)
 
 
 def step_count(recipe: Recipe) -> int:

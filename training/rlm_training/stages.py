@@ -30,18 +30,24 @@ from rlm_training.micro import Micro, Steps
 from rlm_training.objectives import PreferenceObjective, TokenObjective
 from rlm_training.recipe import Recipe
 from rlm_training.shards import CHAT_FORMAT, Source, load_sources, read_index
+from rlm_training.unigram import unigram_losses
 
 RATE_SECONDS = 0.3  # for the utilisation shown during a run
 
 
 @dataclass(frozen=True)
 class StageData:
-    """What a stage brings. ``facts`` go to data.json; ``token_counts``: for the sampled softmax."""
+    """What a stage brings. ``facts`` go to data.json.
+
+    ``token_counts``: of the sources, for the sampled softmax; ``seen_counts``: of what the run reads, for the unigram
+    model that held-out losses are compared with.
+    """
 
     data: Steps
     steps: int
     facts: dict[str, Any]
     token_counts: torch.Tensor | None = None
+    seen_counts: torch.Tensor | None = None
 
 
 # (recipe, objective, folder of the run, world) -> data
@@ -83,10 +89,13 @@ def _train(recipe: Recipe, folder: Path, resume: bool, world: World, display: Di
     objective = make_objective(recipe, model)
     stage = stage_of(recipe)(recipe, objective, folder, world)
     config = _export_config(recipe, {})
+    heldout = heldout_micros(recipe, objective.design, world.device)
     if world.leads:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
         facts = {"steps": stage.steps, **stage.facts}
+        if stage.seen_counts is not None and heldout:
+            facts["unigram"] = unigram_losses(stage.seen_counts, heldout)
         (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     trainer = Trainer(
         recipe,
@@ -96,7 +105,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool, world: World, display: Di
         folder,
         config,
         world,
-        heldout=heldout_micros(recipe, objective.design, world.device),
+        heldout=heldout,
         token_counts=stage.token_counts,
         display=display or display_for(recipe.name, world.leads),
         matmul_rate=measure_matmul_rate(recipe.train.precision, world.device, RATE_SECONDS),
