@@ -165,6 +165,15 @@ def test_command_prints_json(directory: Path, capsys: pytest.CaptureFixture[str]
     assert row["streaming_share"] == pytest.approx(row["read_bytes_per_s"] / 1e10, rel=1e-4)
 
 
+@pytest.mark.usefixtures("quick_memory")
+def test_depth_and_device_reach_the_measurement(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--max-depth", "2", "--halt-threshold", "1.0", "--device", "cpu", "--json"]
+    assert main([*small_options(directory), "--backends", "torch", *more]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["results"]
+    assert (row["mean_depth"], row["device"]) == (2.0, "cpu")
+    assert [point["budget"] for point in row["depth_points"]] == [1, 2]
+
+
 @pytest.mark.skipif(find_spec("onnxruntime") is None or find_spec("onnx") is None, reason="needs the export extra")
 @pytest.mark.usefixtures("quick_memory")
 def test_onnx_is_found_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +225,7 @@ def test_table_says_what_limits(capsys: pytest.CaptureFixture[str]) -> None:
         (("--backends", "torch,torch"), 2, "each once"),
         (("--backends", ","), 2, "--backends takes"),
         (("--repeats", "0"), 2, "--repeats"),
+        (("--max-depth", "0"), 2, "max depth must be at least 1"),
         (("--model", "/does/not/exist"), 3, "neither a bundled model"),
     ],
 )

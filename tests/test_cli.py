@@ -132,6 +132,19 @@ def test_score_reports_perplexity(model: str, tmp_path: Path, capsys: pytest.Cap
         (("complete",), 4, "nothing to continue"),
         (("score", "/does/not/exist"), 4, "no such file"),
         (("score", "/dev/zero"), 4, "not a regular file"),
+        (("chat", "hi", "--input", "x.jsonl"), 2, "either a prompt or --input"),
+        (("complete", "hi", "--input", "x.jsonl"), 2, "either a prompt or --input"),
+        (("chat", "--input", "x.jsonl", "--draft-depth", "2"), 2, "--draft-depth is for a single prompt"),
+        (("chat", "hi", "--draft-depth", "0"), 2, "below the full depth, here 5; got 0"),
+        (("complete", "hi", "--draft-depth", "5"), 2, "below the full depth, here 5; got 5"),
+        (("chat", "hi", "--draft-depth", "3", "--max-depth", "3"), 2, "below the full depth, here 3; got 3"),
+        (("chat", "--draft-depth", "99"), 2, "--draft-depth must be"),
+        (("--backend", "onnx", "bench"), 2, "--backend is not an option of this command"),
+        (("--max-tokens", "3", "models"), 2, "--max-tokens is not an option"),
+        (("--greedy", "score", "x.txt"), 2, "--greedy is not an option"),
+        (("score", "x.txt", "--seed", "1"), 2, "unrecognized arguments: --seed"),
+        (("--model", "chat", "export", "onnx", "base"), 2, "--model is not an option"),
+        (("export", "onnx", "chat"), 2, "give --out"),
         ((), 2, "needs a terminal"),
         (("--json",), 2, "--json belongs to"),
     ],
@@ -224,6 +237,67 @@ def test_every_line_of_a_file_is_answered(model: str, tmp_path: Path, capsys: py
     file.write_text('{"messages": 3}')
     assert run("chat", "--input", str(file), *options) == 4
     assert "line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "says"),
+    [
+        ("chat", '{"prompt": " "}', "the prompt is empty"),
+        ("chat", '""', "the prompt is empty"),
+        ("complete", '{"prompt": ""}', "the text to continue is empty"),
+        ("chat", "[1, 2]", 'needs {"prompt": "..."} or {"messages":'),
+        ("chat", '{"messages": [1, 2]}', 'needs {"prompt": "..."} or {"messages":'),
+        ("chat", '{"messages": []}', 'needs {"prompt": "..."} or {"messages":'),
+        ("complete", '{"prompt": [1, 2]}', 'needs {"prompt": "..."}'),
+        ("complete", '{"messages": [{"role": "user", "content": "a"}]}', 'needs {"prompt": "..."}'),
+        ("chat", '{"messages": [{"role": "robot", "content": "a"}]}', "message 1: role must be"),
+        ("chat", '{"messages": [{"role": "user", "content": 3}]}', "message 1: content must be a text"),
+        ("chat", '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ""}]}', "is empty"),
+        ("chat", '{"prompt": "%s"}' % ("word " * 100), "too long"),
+        ("complete", '{"prompt": "%s"}' % ("word " * 100), "context holds 64"),
+        ("complete", '{"prompt": "\\ud800"}', "surrogate"),
+        ("chat", "[" * 100_000, "not JSON"),
+        ("complete", "{", "not JSON"),
+    ],
+)
+def test_a_line_that_is_refused_is_named(
+    command: str, line: str, says: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "fine"}}\n\n{line}\n{{"prompt": "fine, too"}}\n')
+    assert run(command, "--input", str(file), "--model", model) == 4
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith(f"rlm-chat: {file}, line 3: ") and says in captured.err
+
+
+def test_line_breaks_of_unicode_do_not_end_a_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('\ufeff{"prompt": "one\u2028two\x85"}\r\n"three"', encoding="utf-8", newline="")
+    assert run("complete", "--input", str(file), "--model", model, "--max-tokens", "1") == 0
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_system_message_is_put_before_conversations_that_have_none(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each line answers as the same conversation with its system message written out."""
+    file = tmp_path / "prompts.jsonl"
+    options = ("chat", "--input", str(file), "--model", model, "--max-tokens", "6", "--seed", "3")
+    pirate, king = ({"role": "system", "content": text} for text in ("Talk like a pirate.", "Be a king."))
+    user = {"role": "user", "content": "hello"}
+    outputs = []
+    for lines, more in (
+        (["hello", {"prompt": "hello"}, {"messages": [user]}, {"messages": [king, user]}], (pirate["content"],)),
+        ([{"messages": [pirate, user]}] * 3 + [{"messages": [king, user]}], ()),
+        (["hello"] * 4, ()),
+    ):
+        file.write_text("\n".join(map(json.dumps, lines)))
+        assert run(*options, *(("--system", *more) if more else ())) == 0
+        outputs.append([json.loads(line) for line in capsys.readouterr().out.split("\n") if line])
+    assert outputs[0] == outputs[1] != outputs[2]
 
 
 def test_drafting_does_not_change_the_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -382,3 +382,15 @@ def test_the_command(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["export", "onnx", str(exported), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["compared"]["depth_agreement"] == 1.0
     assert main(["export", "onnx", str(tmp_path / "nowhere")]) == 3
+
+
+def test_bundled_models_are_exported_by_name_and_never_over_themselves(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rlm_engine.generate.BUNDLED", exported.parent)
+    before = {file.name: file.read_bytes() for file in (exported / "onnx").iterdir()}
+    assert main(["export", "onnx", exported.name]) == 2
+    assert "give --out" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in (exported / "onnx").iterdir()} == before
+    assert main(["export", "onnx", exported.name, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "onnx" / "manifest.json").is_file()

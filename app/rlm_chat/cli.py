@@ -9,11 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlm_engine.errors import EngineError
+from rlm_engine.errors import EngineError, UsageError
 from rlm_engine.version import __version__
 
 WORKER_ARGUMENT = "--engine-worker"  # how a frozen program starts itself as its engine process
 
+MODEL_OPTIONS = ("model", "backend", "device")
+SAMPLING_OPTIONS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "greedy", "max_tokens", "stop",
+)  # fmt: skip
+DEPTH_OPTIONS = ("max_depth", "halt_threshold")
 EXIT_CODES = """exit codes: 0 fine; 1 unexpected error; 2 wrong usage; 3 model cannot be loaded;
 4 input refused (empty, too long, not text); 130 interrupted; 141 the reader of the output went away"""
 
@@ -25,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         worker.main()
     options = _parser().parse_args(arguments)
+    for name in ("json", "debug"):
+        setattr(options, name, getattr(options, name, False))
     try:
+        _refuse_ignored(options)
         code = int(options.run(options))
         sys.stdout.flush()
         return code
@@ -58,8 +66,16 @@ def _silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _refuse_ignored(options: argparse.Namespace) -> None:
+    """UsageError for an option that stands before a command which has no such option."""
+    for name in (*MODEL_OPTIONS, *SAMPLING_OPTIONS, *DEPTH_OPTIONS):
+        if hasattr(options, name) and name not in options.takes:
+            raise UsageError(f"--{name.replace('_', '-')} is not an option of this command; see its --help")
+
+
 def _parser() -> argparse.ArgumentParser:
     common = _common_options()
+    everything = (*MODEL_OPTIONS, *SAMPLING_OPTIONS, *DEPTH_OPTIONS)
     parser = argparse.ArgumentParser(
         prog="rlm-chat",
         description="Chat with a small recursive language model on your own machine, and watch it think. "
@@ -69,27 +85,32 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"rlm-chat {__version__}")
-    parser.set_defaults(run=_tui)
+    parser.set_defaults(run=_tui, takes=everything)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     chat = commands.add_parser("chat", parents=[common], help="one reply to a prompt, or a plain conversation")
     chat.add_argument("prompt", nargs="?", help="what to say; standard input is read when it is piped")
-    _add_generation_options(chat)
+    _add_generation_options(chat, '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}')
     chat.add_argument("--system", help="a system message put before the conversation")
-    chat.set_defaults(run=_run("chat"))
+    chat.set_defaults(run=_run("chat"), takes=everything)
 
     complete = commands.add_parser("complete", parents=[common], help="continue a text with the base model")
     complete.add_argument("text", nargs="?", help="the beginning; standard input is read when it is piped")
-    _add_generation_options(complete)
-    complete.set_defaults(run=_run("complete"))
+    _add_generation_options(complete, '{"prompt": "..."}')
+    complete.set_defaults(run=_run("complete"), takes=everything)
 
-    score = commands.add_parser("score", parents=[common], help="how likely the model finds a text, and its depths")
+    score = commands.add_parser(
+        "score",
+        parents=[_output_options(), _model_options(), _depth_options()],
+        help="how likely the model finds a text, and its depths",
+    )
     score.add_argument("file", help="a text file, or - for standard input")
-    score.set_defaults(run=_run("score"))
+    score.set_defaults(run=_run("score"), takes=(*MODEL_OPTIONS, *DEPTH_OPTIONS))
 
-    bench = commands.add_parser("bench", parents=[_output_options()], help="how fast a model runs on this machine")
-    bench.add_argument(
-        "--model", metavar="NAME", default=argparse.SUPPRESS, help="a bundled model or a model directory"
+    bench = commands.add_parser(
+        "bench",
+        parents=[_output_options(), _model_options(backend=False), _depth_options()],
+        help="how fast a model runs on this machine",
     )
     bench.add_argument(
         "--backends", metavar="LIST", help="of torch, torch-bf16, onnx, with commas between (default: what is there)"
@@ -98,10 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens after it (default 128)")
     bench.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds, taken in turns (default 3)")
     bench.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # one backend, driven through pipes
-    bench.set_defaults(run=_run("bench", "rlm_chat.bench"))
+    bench.set_defaults(run=_run("bench", "rlm_chat.bench"), takes=("model", "device", *DEPTH_OPTIONS))
 
     models = commands.add_parser("models", parents=[_output_options()], help="the models that came with the program")
-    models.set_defaults(run=_run("models"))
+    models.set_defaults(run=_run("models"), takes=())
 
     convert = commands.add_parser(
         "convert", parents=[_output_options()], help="turn a published checkpoint into a model directory"
@@ -110,23 +131,23 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, help="the model directory to write; must not exist")
     convert.add_argument("--tokenizer", type=Path, help="directory with vocab.json and merges.txt, or tokenizer.json")
     convert.add_argument("--heads", type=int, help="attention heads, when the checkpoint does not tell")
-    convert.set_defaults(run=_run("convert"))
+    convert.set_defaults(run=_run("convert"), takes=())
 
     export = commands.add_parser("export", help="write a model for another program or runtime")
     formats = export.add_subparsers(title="formats", metavar="FORMAT", required=True)
     onnx = formats.add_parser("onnx", parents=[_output_options()], help="graphs for ONNX Runtime, without PyTorch")
-    onnx.add_argument("source", type=Path, metavar="MODEL", help="a model directory with its weights")
+    onnx.add_argument("source", metavar="MODEL", help="a bundled model, or a model directory with its weights")
     onnx.add_argument("--out", type=Path, metavar="DIR", help="a new model directory (default: MODEL itself)")
     onnx.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of the weights (default fp32)")
-    onnx.set_defaults(run=_run("export_onnx"))
+    onnx.set_defaults(run=_run("export_onnx"), takes=())
     return parser
 
 
-def _add_generation_options(command: argparse.ArgumentParser) -> None:
+def _add_generation_options(command: argparse.ArgumentParser, lines: str) -> None:
+    command.add_argument("--input", type=Path, metavar="FILE", help=f"answer every line of a JSON Lines file: {lines}")
     command.add_argument(
-        "--input", type=Path, metavar="FILE", help="answer every line of a JSON Lines file (prompt, or messages)"
+        "--batch", type=int, default=8, metavar="N", help="lines of --input answered at a time (default 8)"
     )
-    command.add_argument("--batch", type=int, default=8, metavar="N", help="lines answered at a time (default 8)")
     command.add_argument(
         "--window",
         choices=("exact", "block"),
@@ -150,11 +171,22 @@ def _output_options() -> argparse.ArgumentParser:
 
 
 def _common_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[_output_options()])
+    parents = [_output_options(), _model_options(), _sampling_options(), _depth_options()]
+    return argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=parents)
+
+
+def _model_options(backend: bool = True) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     model = options.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="a bundled model or a model directory")
-    model.add_argument("--backend", choices=("auto", "onnx", "torch"), help="what computes (default auto)")
+    if backend:
+        model.add_argument("--backend", choices=("auto", "onnx", "torch"), help="what computes (default auto)")
     model.add_argument("--device", choices=("auto", "cpu", "cuda", "directml", "coreml"), help="where (default auto)")
+    return options
+
+
+def _sampling_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     sampling = options.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest (default 0.8)")
     sampling.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0 is off (default)")
@@ -165,15 +197,14 @@ def _common_options() -> argparse.ArgumentParser:
     sampling.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="length of the reply at most (default 256)")
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    depth = options.add_argument_group("depth")
-    depth.add_argument("--max-depth", type=int, metavar="N", help="at most N recurrences per token")
-    depth.add_argument("--halt-threshold", type=float, metavar="P", help="halt when the halting probability sums to P")
     return options
 
 
-def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
-    for name in ("json", "debug", "greedy"):
-        setattr(options, name, getattr(options, name, False))
+def _depth_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    depth = options.add_argument_group("depth")
+    depth.add_argument("--max-depth", type=int, metavar="N", help="at most N recurrences per token")
+    depth.add_argument("--halt-threshold", type=float, metavar="P", help="halt when the halting probability sums to P")
     return options
 
 
@@ -183,15 +214,12 @@ def _run(name: str, module: str = "rlm_chat.oneshot"):  # type: ignore[no-untype
     def run(options: argparse.Namespace) -> int:
         from importlib import import_module
 
-        return int(getattr(import_module(module), name)(_with_defaults(options)))
+        return int(getattr(import_module(module), name)(options))
 
     return run
 
 
 def _tui(options: argparse.Namespace) -> int:
-    from rlm_engine.errors import UsageError
-
-    _with_defaults(options)
     if options.json:
         raise UsageError("--json belongs to chat, complete, score and models")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

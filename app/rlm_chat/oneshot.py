@@ -11,23 +11,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlm_chat.cli import SAMPLING_OPTIONS
 from rlm_engine.errors import InputError
 from rlm_engine.sanitize import PrintableFilter, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rlm_engine import Generation, Model
 
 MAX_INPUT_BYTES = 16 * 2**20
-_SAMPLING = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "greedy", "max_tokens", "stop",
-)  # fmt: skip
 # JSON escapes C0 itself; these would act on a terminal that shows the line.
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def sampling_fields(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Sampling` that were given on the command line."""
-    fields = {name: getattr(options, name) for name in _SAMPLING if hasattr(options, name)}
+    fields = {name: getattr(options, name) for name in SAMPLING_OPTIONS if hasattr(options, name)}
     if "stop" in fields:
         fields["stop"] = tuple(fields["stop"])
     return fields
@@ -43,18 +43,18 @@ def chat(options: argparse.Namespace) -> int:
     """`rlm-chat chat`: one reply, or a line-by-line conversation at a terminal without a prompt."""
     from rlm_engine import Sampling
 
+    system = [{"role": "system", "content": options.system}] if options.system else []
     if options.input is not None:
-        return _answer_file(options, "chat")
+        return _answer_file(options, "chat", options.prompt, system)
     prompt = _prompt(options.prompt)
     sampling = Sampling(**sampling_fields(options))
-    system = [{"role": "system", "content": options.system}] if getattr(options, "system", None) else []
     if prompt is None:
         return _converse(options, sampling, system)
     if not prompt.strip():
         raise InputError("the prompt is empty")
     model = _load(options, "chat")
     messages = [*system, {"role": "user", "content": prompt}]
-    _stream(model.chat(messages, sampling, _depth(options), speculation=_speculation(options)), options)
+    _stream(model.chat(messages, sampling, _depth(options), speculation=_speculation(options, model)), options)
     return 0
 
 
@@ -63,7 +63,7 @@ def complete(options: argparse.Namespace) -> int:
     from rlm_engine import Sampling
 
     if options.input is not None:
-        return _answer_file(options, "base")
+        return _answer_file(options, "base", options.text)
     text = _prompt(options.text)
     if text is None:
         raise InputError("nothing to continue; give a text or pipe one in")
@@ -71,7 +71,8 @@ def complete(options: argparse.Namespace) -> int:
     depth = _depth(options)
     if not text:
         raise InputError("the text to continue is empty")
-    _stream(_load(options, "base").generate(text, sampling, depth, speculation=_speculation(options)), options)
+    model = _load(options, "base")
+    _stream(model.generate(text, sampling, depth, speculation=_speculation(options, model)), options)
     return 0
 
 
@@ -147,10 +148,15 @@ def convert(options: argparse.Namespace) -> int:
 
 def export_onnx(options: argparse.Namespace) -> int:
     """`rlm-chat export onnx`: a model's `onnx/` folder."""
+    from rlm_engine.errors import UsageError
     from rlm_engine.export.onnx import export_onnx as export
+    from rlm_engine.generate import bundled_models, find_model
 
-    manifest = export(options.source, options.out, options.precision)
-    target, found = options.out or options.source, manifest.verification
+    source = find_model(options.source)
+    if options.out is None and options.source in bundled_models():
+        raise UsageError(f"{options.source} is a bundled model; give --out a new directory for the export")
+    manifest = export(source, options.out, options.precision)
+    target, found = options.out or source, manifest.verification
     size_bytes = sum(file.size_bytes for file in manifest.files.values())
     if options.json:
         compared = None if found is None else vars(found)
@@ -168,24 +174,46 @@ def export_onnx(options: argparse.Namespace) -> int:
     return 0
 
 
-def _answer_file(options: argparse.Namespace, default: str) -> int:
-    """Every line of --input: a JSON object a line comes out, in input order."""
+def _answer_file(
+    options: argparse.Namespace, default: str, given: str | None, system: list[dict[str, str]] | None = None
+) -> int:
+    """Every line of --input: a JSON object a line comes out, in input order.
+
+    ``given``: the prompt argument, which there is no place for; ``system``: for conversations without a system message.
+    """
     from rlm_engine import Sampling, UsageError
 
     if options.batch < 1:
         raise UsageError(f"--batch must be at least 1, got {options.batch}")
+    if given is not None:
+        raise UsageError("give either a prompt or --input, not both")
+    if options.draft_depth is not None:
+        raise UsageError("--draft-depth is for a single prompt; leave it out with --input")
     sampling, depth = Sampling(**sampling_fields(options)), _depth(options)
-    prompts = [
-        _prompt_of_line(line, f"{options.input}, line {number}", default == "chat")
-        for number, line in enumerate(_read(options.input).splitlines(), 1)
-        if line.strip()
-    ]
-    if not prompts:
+    lines = []
+    # only \n ends a line: a JSON text may hold the other line breaks of Unicode
+    for number, line in enumerate(_read(options.input).split("\n"), 1):
+        if line.strip():
+            where = f"{printable(str(options.input))}, line {number}"
+            prompt = _continued(line, where) if default == "base" else _conversation(line, where, system or [])
+            lines.append((where, prompt))
+    if not lines:
         raise InputError(f"{printable(str(options.input))}: holds no prompt")
     model = _load(options, default)
+    where = ""
+
+    def prompts() -> Iterator[Any]:
+        nonlocal where
+        for where, prompt in lines:  # noqa: B007 (read below, should the model refuse this prompt)
+            yield prompt
+
+    try:
+        completions = model.generate_many(prompts(), sampling, depth, rows=options.batch)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     finished: dict[int, Any] = {}
     printed = 0
-    for completion in model.generate_many(prompts, sampling, depth, rows=options.batch):
+    for completion in completions:
         finished[completion.index] = completion
         while printed in finished:
             done = finished.pop(printed)
@@ -206,33 +234,59 @@ def _answer_file(options: argparse.Namespace, default: str) -> int:
     return 0
 
 
-def _prompt_of_line(line: str, where: str, chat: bool) -> Any:
-    """A line's prompt: {"prompt": text} (or "text"), or {"messages": [...]}, or a JSON text."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise InputError(f"{printable(where)}: not JSON") from None
+def _continued(line: str, where: str) -> str:
+    """The text of a line to continue: a JSON text, {"prompt": text} or {"text": text}."""
+    record = _parsed(line, where)
+    text = record.get("prompt", record.get("text")) if isinstance(record, dict) else record
+    if not isinstance(text, str):
+        raise InputError(f'{where}: needs {{"prompt": "..."}}')
+    if not text:
+        raise InputError(f"{where}: the text to continue is empty")
+    return text
+
+
+def _conversation(line: str, where: str, system: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The messages of a line: as `_continued`, or {"messages": [...]}, whose roles and contents the model checks."""
+    record = _parsed(line, where)
     if isinstance(record, dict):
         record = record.get("messages", record.get("prompt", record.get("text")))
-    if isinstance(record, str):
-        return [{"role": "user", "content": record}] if chat else record
-    if chat and isinstance(record, list) and record:
-        return record
-    wanted = '"prompt" or "messages"' if chat else '"prompt"'
-    raise InputError(f"{printable(where)}: needs {wanted}")
+    messages = [{"role": "user", "content": record}] if isinstance(record, str) else record
+    # numbers would be taken for the ids of tokens
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise InputError(
+            f'{where}: needs {{"prompt": "..."}} or {{"messages": [{{"role": "user", "content": "..."}}]}}'
+        )
+    newest = messages[-1].get("content")
+    if isinstance(newest, str) and not newest.strip():
+        raise InputError(f"{where}: the {'prompt' if isinstance(record, str) else 'last message'} is empty")
+    return messages if messages[0].get("role") == "system" else [*system, *messages]
 
 
-def _speculation(options: argparse.Namespace) -> Any:
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # RecursionError: thousands of brackets
+        raise InputError(f"{where}: not JSON") from None
+
+
+def _speculation(options: argparse.Namespace, model: Model) -> Any:
+    """What --draft-depth asks for. UsageError for a depth that is not below the full one, where nothing is drafted."""
     if options.draft_depth is None:
         return None
-    from rlm_engine import Speculation
+    from rlm_engine import Speculation, UsageError
 
+    full = min(model.max_depth, getattr(options, "max_depth", model.max_depth))
+    if not 1 <= options.draft_depth < full:
+        raise UsageError(
+            f"--draft-depth must be at least 1 and below the full depth, here {full}; got {options.draft_depth}"
+        )
     return Speculation(options.draft_depth)
 
 
 def _converse(options: argparse.Namespace, sampling: Any, system: list[dict[str, str]]) -> int:
     """A plain conversation, one line a turn: for screen readers, logs and terminals that can do no better."""
     model = _load(options, "chat")
+    speculation = _speculation(options, model)
     messages = list(system)
     print("Type a message; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
     while True:
@@ -244,7 +298,7 @@ def _converse(options: argparse.Namespace, sampling: Any, system: list[dict[str,
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        generation = model.chat(messages, sampling, _depth(options), speculation=_speculation(options))
+        generation = model.chat(messages, sampling, _depth(options), speculation=speculation)
         said: list[str] = []
         with contextlib.suppress(KeyboardInterrupt):
             _stream(generation, options, said)
