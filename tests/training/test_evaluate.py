@@ -142,7 +142,7 @@ def test_depth_budgets_and_thresholds_of_act(tmp_path: Path) -> None:
     assert list(settings) == ["full depth", "threshold 0.5", *(f"depth {n}" for n in range(1, 6))]
     depths = [settings[f"depth {n}"]["macro"]["mean_depth"] for n in range(1, 6)]
     assert depths[0] == 1.0 and depths == sorted(depths)
-    assert settings["depth 5"]["domains"] == settings["full depth"]["domains"]
+    assert depths[-1] >= settings["full depth"]["macro"]["mean_depth"]  # no threshold but that of a full weight
     assert settings["threshold 0.5"]["macro"]["mean_depth"] < settings["full depth"]["macro"]["mean_depth"]
     text = format_evaluation(result)
     for expected in (
@@ -201,6 +201,10 @@ def test_command_prints_tables_and_writes_json(tmp_path: Path, capsys: pytest.Ca
     assert [one["label"] for one in result["heldout"]] == ["full depth", "threshold 0.9", "depth 1", "depth 2"]
     assert result["tasks"]["copa"]["items"] == 5
     assert "prose" in printed and "copa" in printed and "left out: talk" in printed
+    assert main([*command, "--json", str(tmp_path)]) == 2  # before anything is computed
+    assert "is a folder" in capsys.readouterr().err
+    assert main([*command, "--max-tokens", "-5"]) == 2
+    assert "must not be negative" in capsys.readouterr().err
     assert main([*command, "--depths", "one"]) == 2
     assert "--depths: 'one'" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "m"), "--heldout", str(tmp_path / "missing")]) == 4

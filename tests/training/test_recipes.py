@@ -74,6 +74,9 @@ def test_published_hyper_parameters() -> None:
         ("act", "pretrain", "schedule.decay=0.99", "fit together"),
         ("act", "pretrain", "train.tokens='many'", "of type int"),
         ("act", "pretrain", "model.n_heads=3", "multiple"),
+        ("act", "pretrain", "train.threads=-1", "must not be negative"),
+        ("act", "pretrain", "train.checkpoint_minutes=-1", "must not be negative"),
+        ("act", "pretrain", "name.x=1", "name is no section"),
     ],
 )
 def test_impossible_combinations_are_refused(
@@ -82,6 +85,19 @@ def test_impossible_combinations_are_refused(
     with pytest.raises(UsageError, match=words) as caught:
         tiny_recipe(tmp_path, architecture, stage, override)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("growth", "good"),
+    [("[[0.0, 3]]", True), ("[[0.0, 2], [0.5, 3]]", True), ("[[0.0, 2]]", False), ("[[0.0, 2], [0.6, 4]]", False)],
+)
+def test_the_gate_phase_needs_two_recurrences_to_compare(tmp_path: Path, growth: str, good: bool) -> None:
+    overrides = [f"ponder.growth={growth}", "ponder.gate_from=0.5"]
+    if good:
+        assert tiny_recipe(tmp_path, "act", "pretrain", *overrides).ponder.gate_from == 0.5
+        return
+    with pytest.raises(UsageError, match="allow 3 recurrences"):
+        tiny_recipe(tmp_path, "act", "pretrain", *overrides)
 
 
 def test_rows_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:

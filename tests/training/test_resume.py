@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import torch
 from tiny_runs import losses, run, tiny_recipe, write_prepared
 
 from rlm_engine.errors import InputError, UsageError
+from rlm_training import loop
 from rlm_training.display import Silent
 from rlm_training.loop import Interrupted
 from rlm_training.recipe import Recipe
@@ -184,8 +186,34 @@ def test_a_run_is_not_overwritten_and_not_resumed_on_other_data(data: Path, tmp_
         run(tiny_recipe(data, "act", "pretrain", "train.rows=4"), tmp_path, resume=True)
     with pytest.raises(UsageError, match="another optimizer"):
         run(tiny_recipe(data, "act", "pretrain", "optim.name='adamw'"), tmp_path, resume=True)
+    with pytest.raises(UsageError, match=r"another \[model\]"):
+        run(tiny_recipe(data, "act", "pretrain", "model.ffn=64"), tmp_path, resume=True)
+    other = write_prepared(tmp_path / "other", tokens=10_000)
+    with pytest.raises(UsageError, match="'text' is not what"):
+        run(tiny_recipe(other, "act", "pretrain"), tmp_path, resume=True)
     run(tiny_recipe(data, "act", "pretrain", "train.most_steps=3", "optim.lr=0.01"), tmp_path, resume=True)
     assert len(losses(tmp_path)) == 3  # prolonged, with another learning rate
+
+
+def test_a_disk_too_full_for_the_best_weights_does_not_stop_a_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, notes = loop.write_model_directory, []
+
+    def full(target: Path, *others: Any) -> None:
+        if target.name == "best":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(target, *others)
+
+    class Listener(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    monkeypatch.setattr(loop, "write_model_directory", full)
+    heldout = [f"data.heldout={json.dumps(str(data))}", "train.validate_every=2", "train.most_steps=4"]
+    assert len(run(tiny_recipe(data, "act", "pretrain", *heldout), tmp_path, display=Listener())) == 4
+    assert any("best: could not be written" in note and "No space left" in note for note in notes)
+    assert (tmp_path / "model" / "model.safetensors").is_file() and not (tmp_path / "best").exists()
 
 
 def test_old_checkpoints_go_and_the_newest_stay(data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlm_engine.errors import UsageError
 from rlm_training.shards import Concatenated, Source
-from rlm_training.stream import UNIT_TOKENS, MixedStream, PackedConversations
+from rlm_training.stream import UNIT_TOKENS, FirstRows, MixedStream, PackedConversations, first_conversations
 
 
 def source(name: str, lengths: list[int], first: int, parts: int = 1, chat: bool = False) -> Source:
@@ -188,3 +188,29 @@ def test_texts_cannot_be_packed_and_steps_are_bounded() -> None:
     packed = PackedConversations(sources, {"c": 1}, 64, 1, 1)
     with pytest.raises(UsageError, match=f"there are {packed.steps} SFT steps"):
         packed.batch(packed.steps, 64)
+
+
+def test_conversations_longer_than_a_row_are_counted() -> None:
+    chats = source("c", CHATS, 1, chat=True)
+    packed = PackedConversations({"c": chats}, {"c": 2}, sequence=29, rows=2, seed=1)
+    assert packed.left_out == {"c": 3 * 3}  # 33, 34 and 31
+    assert len(packed_documents(packed, 29)) <= 2 * (len(CHATS) - 9)
+
+
+def test_held_out_conversations_are_read_as_those_trained_on() -> None:
+    chats = source("c", CHATS, 1, chat=True)
+    together = first_conversations(chats, sequence=64, most=3, alone=False)
+    assert together.rows == 3 and together.steps >= 1
+    documents = packed_documents(together, 64)
+    assert len(documents) > 3, "packed, not one a row"
+    assert {tokens[0] - 1 for tokens, _ in documents} <= set(chats.documents.tolist()), "whole conversations"
+    alone = first_conversations(chats, sequence=64, most=3, alone=True).batch(0, 64)
+    assert alone.documents is not None and set(np.unique(alone.documents)) <= {-1, 0}
+    assert first_conversations(chats, sequence=3, most=3, alone=False).rows == 0  # none fits
+
+
+def test_held_out_text_is_read_from_its_beginning() -> None:
+    text = two_sources()["a"]
+    batch = FirstRows(text, sequence=16, most=2).batch(0, 16)
+    assert batch.inputs[0].tolist() == list(range(16)) and batch.targets[1].tolist() == list(range(18, 34))
+    assert FirstRows(text, sequence=10**6, most=2).rows == 0

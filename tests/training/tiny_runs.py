@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import tomllib
@@ -64,8 +65,8 @@ def write_prepared(folder: Path, tokens: int = 20_000) -> Path:
         np.save(folder / f"{name}.docs.npy", np.cumsum([0, *(len(d) for d, _ in documents)]))
         if kind != "text":
             np.asarray([m for _, mask in documents for m in mask], dtype=np.uint8).tofile(folder / f"{name}.mask.bin")
-        facts = {"documents": len(documents), "tokens": len(ids), "sha256": "", "kind": kind, "chat": kind != "text"}
-        sources[name] = facts
+        facts = {"documents": len(documents), "tokens": len(ids), "kind": kind, "chat": kind != "text"}
+        sources[name] = facts | {"sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
 
     ids = text_ids(tokens, 0).tolist()
     ends = [0, *(i + 1 for i, token in enumerate(ids) if token == END)]

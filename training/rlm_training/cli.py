@@ -21,7 +21,7 @@ _STAGES = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code (0 fine, 2 wrong usage, 3 model, 4 input, 130 interrupted)."""
+    """Run a command; returns the exit code (0 fine, 1 unexpected, 2 usage, 3 model, 4 input, 130 interrupted)."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -34,6 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rlm-train: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if options.debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"rlm-train: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        text = (str(error) or "no text").splitlines()[0]
+        print(f"rlm-train: unexpected {type(error).__name__}: {text}; --debug shows where", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,6 +138,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rlm_training.evaluation_tables import format_evaluation
     from rlm_training.scoring import load_scorer
 
+    to_file = options.json is not None and options.json != Path("-")
+    if to_file:
+        _check_writable(options.json)
     prompts: list[str] = []
     if options.chat_prompts is not None:
         prompts = default_prompts() if options.chat_prompts == Path() else read_prompts(options.chat_prompts)
@@ -146,11 +161,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json == Path("-"):
         print(text)
         return 0
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n", encoding="utf-8")
     print(format_evaluation(result))
+    if to_file:
+        temporary = options.json.with_name(options.json.name + ".tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(options.json)
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Before hours of work: that its result can be written. Raises UsageError for a folder, OSError otherwise."""
+    from rlm_engine.errors import UsageError
+
+    if path.is_dir():
+        raise UsageError(f"--json {path} is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".tmp").touch()
 
 
 def _add_report(commands: Any) -> None:

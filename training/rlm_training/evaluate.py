@@ -59,6 +59,8 @@ class Plan:
 
 def evaluate(scorer: Scorer, plan: Plan, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Measure what the plan asks for. Raises UsageError for a plan without content, InputError for unusable files."""
+    if plan.max_tokens < 0 or plan.task_limit < 0:
+        raise UsageError("the numbers of tokens and items must not be negative; 0 means all")
     if not (plan.heldout or plan.tasks or plan.chat_prompts):
         raise UsageError("nothing to evaluate: give --heldout, --tasks or --chat-prompts")
     model = scorer.model
@@ -139,7 +141,9 @@ def _runs(scorer: Scorer, plan: Plan) -> list[tuple[str, Run]]:
     if act:
         runs += [(f"threshold {value:g}", Run(Depth(halt_threshold=value))) for value in plan.thresholds]
     depths = range(1, model.max_depth + 1) if plan.depths is None else plan.depths
-    runs += [(f"depth {value}", Run(Depth(max_steps=value))) for value in depths]
+    # ACT: no halting but where the probabilities reach 1, after which more recurrences would have no weight
+    threshold = 1.0 if act else None
+    runs += [(f"depth {value}", Run(Depth(max_steps=value, halt_threshold=threshold))) for value in depths]
     return runs
 
 

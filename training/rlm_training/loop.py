@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlm_engine.checkpoint import write_model_directory
 from rlm_engine.config import ModelConfig
-from rlm_engine.errors import UsageError
+from rlm_engine.errors import InputError, UsageError
 from rlm_training import runs, sharding
 from rlm_training.act_design import Act
 from rlm_training.allocator import release_free_memory
@@ -62,9 +65,12 @@ class Trainer:
         token_counts: Tensor | None = None,
         display: Display | None = None,
         matmul_rate: float = 0.0,
+        tokenizer_files: Sequence[Path] = (),
     ):
-        """``config`` is written with exported models; ``matmul_rate``: FLOP/s, for the utilisation (0: not shown)."""
+        """``config`` and ``tokenizer_files`` are written with exported models; ``matmul_rate``: FLOP/s, for the
+        utilisation (0: not shown)."""
         self.recipe, self.objective, self.steps, self.folder = recipe, objective, steps, folder
+        self._tokenizer_files = tokenizer_files
         self._config, self._data, self._heldout = config, data, heldout or {}
         self._world = world or World()
         self._display, self._matmul_rate = display or Silent(), matmul_rate
@@ -108,7 +114,7 @@ class Trainer:
                     skipped, last = 0, values
                     self._add_speed(values, time.monotonic() - began)
                     if self._is_validation(step):
-                        values["heldout"] = self._validate()
+                        values["heldout"] = self._validate(values)
                     if metrics is not None:
                         metrics.write(values)
                     self._display.step(values)
@@ -121,13 +127,26 @@ class Trainer:
                     raise Interrupted
         return last
 
-    def export(self, target: Path, config: ModelConfig) -> None:
-        """Write the model, averaged if the recipe averages, as a model directory."""
+    def export(self, target: Path, last: dict[str, Any]) -> None:
+        """Write the model, averaged if the recipe averages, as a model directory; ``last`` metrics go to its config.
+
+        Raises InputError when it cannot be written (disk full); what was there before stays.
+        """
+        provenance = self._config.provenance | {"last": {k: last[k] for k in ("step", "loss", "depth") if k in last}}
         with self._average.applied() if self._average is not None else contextlib.nullcontext():
             tensors = whole_tensors(self._model)
             if self._world.leads:
-                write_model_directory(target, config, tensors)
-            barrier(self._world)
+                try:
+                    write_model_directory(target, replace(self._config, provenance=provenance), tensors)
+                    for file in self._tokenizer_files:
+                        shutil.copyfile(file, target / file.name)
+                except (OSError, SafetensorError) as error:
+                    why = runs.write_reason(error, self.folder)
+                    raise InputError(f"{target}: could not be written ({why}); make room and run --resume") from None
+                finally:
+                    barrier(self._world)
+            else:
+                barrier(self._world)
 
     def _step(self, step: int, flags: list[float]) -> tuple[dict[str, Any] | None, tuple[float, float]]:
         """One update. Returns what it measured (None when it was left out) and the flags summed over all processes."""
@@ -203,7 +222,7 @@ class Trainer:
         if step >= self._gate_step:
             budget = ponder.max_steps(step, self.steps)
             rng = np.random.default_rng([self.recipe.train.seed, 4, step])
-            gate = int(rng.integers(self._design.model.config.min_steps, max(budget, 3)))
+            gate = int(rng.integers(self._design.model.config.min_steps, budget))
         memory = ponder.memory_tokens(step, self.steps)
         return Plan(step, budget, ponder.price_at(step, self.steps), memory, gate, vocabulary)
 
@@ -242,7 +261,7 @@ class Trainer:
         every = self.recipe.train.validate_every
         return bool(self._heldout and every and ((step + 1) % every == 0 or step + 1 == self.steps))
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, values: dict[str, Any]) -> dict[str, float]:
         """Mean loss in nats per token of every held-out source, teacher-forced, at the depth of now.
 
         The weights with the lowest mean so far are kept as a model directory, `best`.
@@ -260,7 +279,10 @@ class Trainer:
         mean = sum(result.values()) / len(result)
         if mean < self._best:
             self._best = mean
-            self.export(self.folder / "best", self._config)
+            try:
+                self.export(self.folder / "best", values)
+            except InputError as error:  # the run is worth more; its checkpoint will say so if there is no room either
+                self._display.note(str(error))
         return result
 
     def _give_up_after(self, skipped: int, step: int) -> None:

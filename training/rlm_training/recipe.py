@@ -90,6 +90,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.sequence < 2 or self.rows < 1 or self.keep < 1 or self.most_steps < 0:
             raise UsageError("tokens, sequence, rows and keep must be positive")
+        if self.threads < 0 or self.validate_every < 0 or self.checkpoint_minutes < 0:
+            raise UsageError("threads, validate_every and checkpoint_minutes must not be negative")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.micro_rows and (self.micro_rows < 0 or self.rows % self.micro_rows):
@@ -182,7 +184,9 @@ def _override(data: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
-    data.setdefault(section, {})[name] = parsed
+    if not isinstance(data.setdefault(section, {}), dict):
+        raise UsageError(f"--set {text!r}: {section} is no section")
+    data[section][name] = parsed
 
 
 def _recipe(data: dict[str, Any], where: str) -> Recipe:
@@ -202,7 +206,7 @@ def _recipe(data: dict[str, Any], where: str) -> Recipe:
 
 
 def _model(data: dict[str, Any], init: str, where: str) -> ModelConfig:
-    """[model], or without it the configuration of train.init; with both they must fit."""
+    """[model], or without it the configuration of train.init; with both they must fit, dropout rates aside."""
     try:
         given = config_from_dict(data["model"], f"{where}: [model]") if "model" in data else None
         if not init:
@@ -219,10 +223,12 @@ def _model(data: dict[str, Any], init: str, where: str) -> ModelConfig:
     except EngineError as error:
         raise UsageError(str(error)) from None
     if given is not None:
-        free = {"provenance", "chat_format"}
+        # Dropout belongs to a stage, not to the weights: the recipe's counts.
+        rates = [f.name for f in dataclasses.fields(given) if f.name.endswith("dropout")]
         for key, value in given.to_dict().items():
-            if key not in free and start.to_dict().get(key) != value:
+            if key not in {"provenance", "chat_format", *rates} and start.to_dict().get(key) != value:
                 raise UsageError(f"{where}: [model] says {key} = {value!r}, {init} has {start.to_dict().get(key)!r}")
+        start = dataclasses.replace(start, **{name: getattr(given, name) for name in rates})
     return start
 
 
@@ -272,8 +278,11 @@ def _check_ponder(recipe: Recipe) -> None:
         raise UsageError("ponder.gate_from trains on next-token losses; it is for pretrain and sft")
     if ponder.gate_from < 1 and recipe.train.fsdp:
         raise UsageError("ponder.gate_from freezes the trunk during the run, which FSDP2 cannot follow; use DDP")
-    if ponder.gate_from < 1 and deepest < 2:
-        raise UsageError("ponder.gate_from needs at least two recurrences to compare")
+    if ponder.gate_from < 1:
+        least = getattr(recipe.model, "min_steps", 1) + 1
+        begun = [depth for share, depth in ponder.growth if share <= ponder.gate_from][-1]
+        if min([begun, *(depth for share, depth in ponder.growth if share > ponder.gate_from)]) < least:
+            raise UsageError(f"ponder.gate_from needs ponder.growth to allow {least} recurrences there, to compare two")
 
 
 T = TypeVar("T")

@@ -23,6 +23,8 @@ import torch
 
 from rlm_engine.errors import InputError, UsageError
 
+_NEARLY_FULL = 16 << 20  # bytes: what the failed write was about to fill
+
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
@@ -51,10 +53,11 @@ def placed(target: Path) -> Iterator[Path]:
         temporary.replace(target)
         _flush(target.parent)
     except (OSError, RuntimeError) as error:
+        why = write_reason(error, target.parent)
         with contextlib.suppress(OSError):
             remove(temporary)
         raise InputError(
-            f"{target}: the checkpoint could not be written ({reason(error)}); the previous one is kept: "
+            f"{target}: the checkpoint could not be written ({why}); the previous one is kept: "
             "make room and continue with --resume"
         ) from None
 
@@ -120,6 +123,13 @@ def remove(path: Path) -> None:
 def reason(error: Exception) -> str:
     """The first sentence of an error's text."""
     return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+
+
+def write_reason(error: Exception, folder: Path) -> str:
+    """Why writing to a folder failed; the writers of PyTorch and safetensors do not say that the disk is full."""
+    if not isinstance(error, OSError) and shutil.disk_usage(folder).free < _NEARLY_FULL:
+        return "no space left on the disk"
+    return reason(error)
 
 
 def _flush(path: Path) -> None:

@@ -28,11 +28,18 @@ def sft(recipe: Recipe, objective: Objective, folder: Path, world: World) -> Sta
     packed = PackedConversations(
         sources, chosen, train.sequence, train.rows, train.seed, _replay(recipe, sources), alone=not design.masked
     )
+    notes = tuple(
+        f"{count:,} of the {len(sources[name].documents) - 1:,} conversations of {name!r} are longer than "
+        f"train.sequence = {train.sequence} tokens and are left out"
+        for name, count in packed.left_out.items()
+        if count
+    )
     if not packed.steps:
-        raise UsageError("the conversations do not fill a single batch; lower train.rows or train.sequence")
+        raise UsageError("; ".join(["the conversations do not fill a single batch; lower train.rows", *notes]))
     check_ids([sources[name] for name in (*chosen, *recipe.data.mix)], recipe)
     data = TokenSteps(packed, train.sequence, design.padding, design.masked)
-    return StageData(data, at_most(recipe, packed.steps), {"conversations": chosen})
+    facts = {"conversations": chosen, "left_out": packed.left_out}
+    return StageData(data, at_most(recipe, packed.steps), facts, notes=notes)
 
 
 def _replay(recipe: Recipe, sources: dict[str, Source]) -> MixedStream | None:

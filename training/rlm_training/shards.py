@@ -120,6 +120,15 @@ def verify(folder: Path) -> int:
     return len(files)
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """One SHA-256 per source of a prepared folder, of the index's SHA-256 of its shards: what a run was trained on."""
+    result = {}
+    for name, facts in read_index(folder)["sources"].items():
+        files = [known["sha256"] for shard in _shards(name, facts) for known in shard.get("files", {}).values()]
+        result[name] = hashlib.sha256("".join(files or [facts.get("sha256", "")]).encode()).hexdigest()
+    return result
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """index.json of a prepared folder; InputError when it is missing or damaged."""
     try:

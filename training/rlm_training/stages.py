@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,11 @@ from rlm_training.designs import Design, published_design
 from rlm_training.display import Display, display_for
 from rlm_training.distributed import Objective, World, barrier, joined, lost_a_process
 from rlm_training.loop import Trainer
-from rlm_training.micro import Micro, Steps
+from rlm_training.micro import Micro, Steps, TokenSteps
 from rlm_training.objectives import PreferenceObjective, TokenObjective
 from rlm_training.recipe import Recipe
-from rlm_training.shards import CHAT_FORMAT, Source, load_sources, read_index
+from rlm_training.shards import CHAT_FORMAT, Source, digests, load_sources, read_index
+from rlm_training.stream import FirstRows, PackedConversations, first_conversations
 from rlm_training.unigram import unigram_losses
 
 RATE_SECONDS = 0.3  # for the utilisation shown during a run
@@ -39,8 +39,8 @@ RATE_SECONDS = 0.3  # for the utilisation shown during a run
 class StageData:
     """What a stage brings. ``facts`` go to data.json.
 
-    ``token_counts``: of the sources, for the sampled softmax; ``seen_counts``: of what the run reads, for the unigram
-    model that held-out losses are compared with.
+    ``notes``: what the person should know before it starts. ``token_counts``: of the sources, for the sampled softmax;
+    ``seen_counts``: of what the run reads, for the unigram model that held-out losses are compared with.
     """
 
     data: Steps
@@ -48,6 +48,7 @@ class StageData:
     facts: dict[str, Any]
     token_counts: torch.Tensor | None = None
     seen_counts: torch.Tensor | None = None
+    notes: tuple[str, ...] = ()
 
 
 # (recipe, objective, folder of the run, world) -> data
@@ -88,15 +89,20 @@ def _train(recipe: Recipe, folder: Path, resume: bool, world: World, display: Di
     model = start_model(recipe).to(world.device)
     objective = make_objective(recipe, model)
     stage = stage_of(recipe)(recipe, objective, folder, world)
-    config = _export_config(recipe, {})
+    config = _export_config(recipe)
     heldout = heldout_micros(recipe, objective.design, world.device)
     if world.leads:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
-        facts = {"steps": stage.steps, **stage.facts}
+        facts = {"steps": stage.steps, **stage.facts, "sources": digests(Path(recipe.data.prepared))}
         if stage.seen_counts is not None and heldout:
             facts["unigram"] = unigram_losses(stage.seen_counts, heldout)
         (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    display = display or display_for(recipe.name, world.leads)
+    rate = measure_matmul_rate(recipe.train.precision, world.device, RATE_SECONDS)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for note in (describe(recipe, parameters, stage.steps, rate), *stage.notes):
+        display.note(note)
     trainer = Trainer(
         recipe,
         objective,
@@ -107,13 +113,12 @@ def _train(recipe: Recipe, folder: Path, resume: bool, world: World, display: Di
         world,
         heldout=heldout,
         token_counts=stage.token_counts,
-        display=display or display_for(recipe.name, world.leads),
-        matmul_rate=measure_matmul_rate(recipe.train.precision, world.device, RATE_SECONDS),
+        display=display,
+        matmul_rate=rate,
+        tokenizer_files=_tokenizer_files(recipe),
     )
     last = trainer.run(resume)
-    trainer.export(folder / "model", _export_config(recipe, last))
-    if world.leads:
-        _copy_tokenizer(recipe, [folder / "model", folder / "best"])
+    trainer.export(folder / "model", last)
     return folder / "model"
 
 
@@ -143,8 +148,8 @@ def start_model(recipe: Recipe) -> Any:
     if not recipe.train.init:
         generator = torch.Generator().manual_seed(recipe.train.seed)
         return build_model(recipe.model).initialise(generator)
-    config, tensors = read_model_directory(Path(recipe.train.init))
-    model = build_model(config)
+    _, tensors = read_model_directory(Path(recipe.train.init))
+    model = build_model(recipe.model)
     model.load_state_dict({name: torch.from_numpy(values) for name, values in tensors.items()})
     return model
 
@@ -190,30 +195,22 @@ def check_ids(sources: list[Source], recipe: Recipe) -> torch.Tensor:
 
 
 def heldout_micros(recipe: Recipe, design: Design, device: torch.device) -> dict[str, Micro]:
-    """The first rows of every held-out source; after pretraining only reply tokens count where there are any."""
+    """The first rows of every held-out source, read as the stage reads its data.
+
+    After pretraining conversations are packed and masked like those of SFT, and only their reply tokens count.
+    """
     if not recipe.data.heldout:
         return {}
-    size, found = recipe.train.sequence + 1, {}
+    sequence, most, found = recipe.train.sequence, recipe.data.validation_rows, {}
     sources = prepared_sources(recipe, Path(recipe.data.heldout))
     for name, source in sources.items():
-        rows = min(recipe.data.validation_rows, len(source.tokens) // size)
-        if not rows:
-            continue
         check_ids([source], recipe)
-        ids = np.asarray(source.tokens[: rows * size], dtype=np.int64).reshape(rows, size)
-        counts = np.ones(ids.shape, dtype=np.float32)
+        stream: FirstRows | PackedConversations = FirstRows(source, sequence, most)
         if recipe.stage != "pretrain" and source.mask is not None:
-            counts = np.asarray(source.mask[: rows * size], dtype=np.float32).reshape(rows, size)
-        if counts[:, 1:].any():
-            found[name] = _heldout_micro(ids, counts[:, 1:].copy(), device)
+            stream = first_conversations(source, sequence, most, alone=not design.masked)
+        if stream.rows:
+            found[name] = TokenSteps(stream, sequence, design.padding, design.masked).micros(0, 1, range(1), device)[0]
     return found
-
-
-def _heldout_micro(ids: np.ndarray, counts: np.ndarray, device: torch.device) -> Micro:
-    inputs, targets = (torch.from_numpy(part.copy()).to(device) for part in (ids[:, :-1], ids[:, 1:]))
-    weights = torch.from_numpy(counts).to(device)
-    real = torch.full_like(weights, 1.0 / weights.numel())
-    return Micro(0, 1, inputs, targets, weights, weights / weights.sum(), real)
 
 
 def _same_data(recipe: Recipe, folder: Path) -> None:
@@ -231,9 +228,21 @@ def _same_data(recipe: Recipe, folder: Path) -> None:
                     f"{folder} was started with {section}.{name} = {old[section][name]!r}; "
                     f"a resumed run cannot change it to {new[section][name]!r}"
                 )
+    if old["model"] != new["model"]:
+        raise UsageError(f"{folder} was started with another [model]; a resumed run cannot change it")
+    facts = folder / "data.json"
+    known = json.loads(facts.read_text(encoding="utf-8")).get("sources", {}) if facts.exists() else {}
+    used = {**recipe.data.mix, **recipe.data.conversations} or known
+    now = digests(Path(recipe.data.prepared))
+    for name in used:
+        if name in known and known[name] != now.get(name):
+            raise UsageError(
+                f"{recipe.data.prepared}: source {name!r} is not what {folder} was started with; a resumed run must "
+                "read the same tokens"
+            )
 
 
-def _export_config(recipe: Recipe, last: dict[str, Any]) -> ModelConfig:
+def _export_config(recipe: Recipe) -> ModelConfig:
     index = read_index(Path(recipe.data.prepared))
     form = index.get("chat_format")
     chat_format: ChatFormat | None = ChatFormat.from_dict(form, "index.json") if form else CHAT_FORMAT
@@ -244,16 +253,13 @@ def _export_config(recipe: Recipe, last: dict[str, Any]) -> ModelConfig:
         "recipe": recipe.name,
         "stage": recipe.stage,
         "date": datetime.date.today().isoformat(),
-        "last": {key: last[key] for key in ("step", "loss", "depth") if key in last},
     }
     if recipe.train.init:
         provenance["started_from"] = recipe.train.init
     return dataclasses.replace(recipe.model, chat_format=chat_format, provenance=provenance)
 
 
-def _copy_tokenizer(recipe: Recipe, targets: list[Path]) -> None:
+def _tokenizer_files(recipe: Recipe) -> list[Path]:
+    """The tokenizer the data was prepared with, to go with the model; none for GPT-2's."""
     prepared = Path(recipe.data.prepared)
-    for name in read_index(prepared).get("tokenizer_files", {}):
-        for target in targets:
-            if target.is_dir():
-                shutil.copyfile(prepared / name, target / name)
+    return [prepared / name for name in read_index(prepared).get("tokenizer_files", {})]

@@ -135,6 +135,7 @@ class PackedConversations:
             if source.mask is None:
                 raise UsageError(f"source {source.name!r} holds no conversations; SFT needs replies to learn from")
         self._replay, self.rows, self.sequence = replay, rows, sequence
+        self.left_out: dict[str, int] = {}  # conversations of a source that are longer than a row
         rng = np.random.default_rng([seed, 2])
         items = []
         for number, (source, times) in enumerate(zip(self._sources, repeats.values(), strict=True)):
@@ -142,12 +143,13 @@ class PackedConversations:
             whole, part = int(times), times - int(times)
             picks = [fits] * whole + [rng.permutation(fits)[: round(part * len(fits))]]
             chosen = np.concatenate(picks)
+            self.left_out[source.name] = len(source.documents) - 1 - len(fits)
             items.append(np.column_stack((np.full(len(chosen), number), chosen)))
         order = np.concatenate(items)
         rng.shuffle(order, axis=0)
         self._packs = [[item] for item in order] if alone else self._pack(order)
         own = rows - (replay.rows if replay is not None else 0)
-        self.steps = len(self._packs) // own
+        self.steps = len(self._packs) // own if own else 0
         self._own = own
 
     def _length(self, item: np.ndarray) -> int:
@@ -199,3 +201,22 @@ class PackedConversations:
             inputs[self._own :, :-1], inputs[self._own :, -1] = replayed.inputs, replayed.targets[:, -1]
             weights[self._own :], documents[self._own :] = 1.0, 0
         return Batch(inputs[:, :-1], inputs[:, 1:], weights[:, 1:], documents[:, :-1])
+
+
+class FirstRows:
+    """Held-out text: the first rows of a source, one batch."""
+
+    def __init__(self, source: Source, sequence: int, most: int):
+        self._source, self.rows = source, min(most, len(source.tokens) // (sequence + 1))
+
+    def batch(self, step: int, sequence: int) -> Batch:
+        """The rows, every target counting."""
+        size = self.rows * (sequence + 1)
+        ids = np.asarray(self._source.tokens[:size], dtype=np.int64).reshape(self.rows, sequence + 1)
+        return Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones((self.rows, sequence), dtype=np.float32))
+
+
+def first_conversations(source: Source, sequence: int, most: int, alone: bool) -> PackedConversations:
+    """Held-out conversations, packed as those of SFT are; ``rows`` is 0 where none fits."""
+    packs = PackedConversations({source.name: source}, {source.name: 1.0}, sequence, 1, 0, alone=alone).steps
+    return PackedConversations({source.name: source}, {source.name: 1.0}, sequence, min(most, packs), 0, alone=alone)
