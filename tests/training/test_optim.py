@@ -8,7 +8,7 @@ from tiny_runs import MODELS, tiny_config
 
 from rlm_engine.errors import UsageError
 from rlm_engine.models import build_model
-from rlm_training.optim import HybridOptimizer, OptimConfig, gradient_norm, parameter_groups
+from rlm_training.optim import HybridOptimizer, OptimConfig, gradient_norm, packed_matrices, parameter_groups
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -100,3 +100,43 @@ def test_state_of_another_optimizer_is_refused() -> None:
     _, adamw = _small("adamw")
     with pytest.raises(UsageError, match="another optimizer"):
         adamw.load_state_dict(muon.state_dict())
+
+
+@pytest.mark.parametrize(("architecture", "packed"), [("act", 0), ("blend", 3), ("routed", 3), ("mixture", 0)])
+def test_packed_matrices_are_found(architecture: str, packed: int) -> None:
+    model = build_model(tiny_config(architecture))
+    found = packed_matrices(model)
+    shapes = [p.shape for p in model.parameters() if id(p) in found]
+    assert len(shapes) == packed and all(rows == 3 * columns for rows, columns in shapes)
+
+
+class _Packed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(6, 18, bias=False)
+
+
+class _Apart(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(torch.nn.Linear(6, 6, bias=False) for _ in range(3))
+
+
+def test_muon_treats_packed_matrices_as_separate_ones() -> None:
+    torch.manual_seed(0)
+    packed, apart = _Packed(), _Apart()
+    start = packed.qkv.weight.detach().clone()
+    for part, rows in zip(apart.parts, start.chunk(3), strict=True):
+        assert isinstance(part, torch.nn.Linear)
+        part.weight.data.copy_(rows)
+    optimizers = [HybridOptimizer(model, OptimConfig()) for model in (packed, apart)]
+    x = torch.randn(5, 6)
+    for _ in range(3):
+        (packed.qkv(x) * torch.arange(1.0, 19.0)).square().sum().backward()
+        outs = torch.cat([part(x) for part in apart.parts], dim=1)
+        (outs * torch.arange(1.0, 19.0)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step(1.0)
+    together = torch.cat([part.weight for part in apart.parts])  # type: ignore[misc]
+    torch.testing.assert_close(packed.qkv.weight, together)
+    assert not torch.allclose(packed.qkv.weight, start, atol=1e-3)

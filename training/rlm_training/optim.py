@@ -74,6 +74,12 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def packed_matrices(model: nn.Module) -> dict[int, int]:
+    """How many matrices a parameter (by id) packs: queries, keys and values of the published designs share one."""
+    linears = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear))
+    return {id(m.weight): 3 for path, m in linears if path.split(".")[-1] == "qkv"}
+
+
 class HybridOptimizer:
     """Both optimizers behind one door; a group's learning rate is its peak times the schedule."""
 
@@ -93,9 +99,12 @@ class HybridOptimizer:
                 {"params": groups[kind], "lr": rate, "weight_decay": 0.0} for kind, rate in rates.items()
             ]
             if groups["matrix"]:
-                sharded = any(_is_sharded(p) for p in groups["matrix"])
-                self._optimizers["muon"] = (GatheringMuon if sharded else torch.optim.Muon)(
-                    groups["matrix"], lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+                self._optimizers["muon"] = WholeMatrixMuon(
+                    groups["matrix"],
+                    packed_matrices(model),
+                    lr=config.lr,
+                    weight_decay=config.weight_decay,
+                    momentum=config.momentum,
                 )
         else:
             self._muon_parameters = []
@@ -192,18 +201,27 @@ def gradient_norm(parameters: list[nn.Parameter]) -> float:
     return float(total.sqrt())
 
 
-class GatheringMuon(torch.optim.Muon):
-    """Muon over sharded matrices (FSDP2), to the bit what it does over whole ones.
+class WholeMatrixMuon(torch.optim.Muon):
+    """Muon over what is one matrix mathematically, however it is stored.
 
-    Orthogonalisation needs the whole matrix: each one is gathered, updated by every process alike, and dropped down
-    to the own shard again. Memory holds one whole matrix at a time; parameters and momentum stay sharded.
+    Packed matrices (one parameter for queries, keys and values) are orthogonalised each on its own: together the three
+    would share the directions that each of them should have whole. Sharded ones (FSDP2) are gathered, updated by every
+    process alike, and dropped down to the own shard again, to the bit what whole ones would be; memory holds one whole
+    matrix at a time, parameters and momentum stay sharded.
     """
+
+    def __init__(self, parameters: list[nn.Parameter], packed: dict[int, int], **options: Any):
+        """``packed``: how many matrices a parameter holds, by its id, where it is more than one, row after row."""
+        super().__init__(parameters, **options)
+        self._packed = packed
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update; collective."""
+        """One update; collective where parameters are sharded."""
         assert closure is None
         for group in self.param_groups:
+            options = {k: group[k] for k in ("lr", "weight_decay", "momentum", "nesterov")}
+            options |= {k: group[k] for k in ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -211,12 +229,14 @@ class GatheringMuon(torch.optim.Muon):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 shards = (parameter.detach(), parameter.grad, state["momentum_buffer"])
-                value, grad, momentum = (shard.full_tensor() for shard in shards)
-                options = {k: group[k] for k in ("lr", "weight_decay", "momentum", "nesterov")}
-                options |= {k: group[k] for k in ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")}
-                muon_update([value], [grad], [momentum], has_complex=False, **options)
-                for shard, whole in ((shards[0], value), (shards[2], momentum)):
-                    _local(shard).copy_(_own_part(whole, shard))
+                sharded = _is_sharded(parameter)
+                value, grad, momentum = (shard.full_tensor() for shard in shards) if sharded else shards
+                parts = self._packed.get(id(parameter), 1)
+                values, grads, momenta = (list(tensor.chunk(parts)) for tensor in (value, grad, momentum))
+                muon_update(values, grads, momenta, has_complex=False, **options)  # in place: chunks are views
+                if sharded:
+                    for shard, whole in ((shards[0], value), (shards[2], momentum)):
+                        _local(shard).copy_(_own_part(whole, shard))
 
 
 def _is_sharded(tensor: Tensor) -> bool:
