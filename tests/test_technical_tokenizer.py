@@ -217,6 +217,15 @@ def test_training_is_deterministic() -> None:
     assert train_technical([file], 350).to_str() == train_technical([file], 350).to_str()
 
 
+@pytest.mark.parametrize("line", ["A tree, a house.", '{"text": "A tree, a house."}'])
+def test_training_skips_a_byte_order_mark(line: str, tmp_path: Path) -> None:
+    file = tmp_path / ("a.jsonl" if line.startswith("{") else "a.txt")
+    file.write_text(line, encoding="utf-8")
+    plain = train_technical([file], 350).to_str()
+    file.write_text(line, encoding="utf-8-sig")
+    assert train_technical([file], 350).to_str() == plain
+
+
 def test_training_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.csv", "x", "only .txt"),

@@ -66,7 +66,30 @@ def test_hub_datasets_are_named_with_configuration_and_split(
         with pytest.raises(UsageError, match="expected hf:NAME"):
             find_inputs([argument])
     else:
-        assert find_inputs([argument]) == {name: Input(hub=hub)}
+        source = Input(hub=hub)
+        assert find_inputs([argument]) == {name: source}
+        assert find_inputs([str(source)]) == {name: source} and "::" not in str(source)
+
+
+def test_a_hub_split_of_an_unusual_name_is_not_taken_for_a_configuration() -> None:
+    source = Input(hub=("org/set", "", "sample"))
+    assert find_inputs([str(source)]) == {"org-set-sample": source}
+
+
+def test_fingerprints_of_hub_data_are_those_of_folders_prepared_before() -> None:
+    assert Input(hub=("org/set", "", "train")).fingerprint() == "hf:org/set::train"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path, name: str) -> None:
+    data = b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xef\xbb\xbfb"}\n'
+    (tmp_path / name).write_bytes(zstandard.ZstdCompressor().compress(data) if name.endswith("zst") else data)
+    documents = [parse_record(raw, "here").text for raw in read(tmp_path / name)]
+    assert documents == ["a", "\ufeffb"]
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\n\n\ntwo")
+    assert read(tmp_path / "b.txt") == ["one", "two"]
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf")
+    assert read(tmp_path / "b.txt") == []
 
 
 def test_text_files_split_at_two_empty_lines_and_at_end_of_text_marks(tmp_path: Path) -> None:
@@ -145,7 +168,7 @@ def test_hub_datasets_stream_by_name_and_skip_what_is_done(monkeypatch: pytest.M
     source = find_inputs(["hf:org/set:en"])["org-set-en"]
     assert list(RecordReader(source).records(skip=3)) == [(4, {"text": "row 3"}), (5, {"text": "row 4"})]
     assert calls == [("org/set", "en", "train", True)]
-    with pytest.raises(InputError, match=r"hf:gone::train: cannot be read from the hub \(Dataset 'gone'"):
+    with pytest.raises(InputError, match=r"hf:gone:train: cannot be read from the hub \(Dataset 'gone'"):
         list(RecordReader(Input(hub=("gone", "", "train"))).records())
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"rlm-chat\[hub\]"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -370,8 +371,9 @@ def test_an_unreadable_record_is_named_from_a_worker_too(tmp_path: Path, monkeyp
     monkeypatch.setattr(prepare_module, "_SMALL_BYTES", 0)
     path = write_jsonl(tmp_path / "a.jsonl", texts(3, seed=14))
     path.write_text(path.read_text() + "{broken\n")
-    with pytest.raises(InputError, match=r"^a, line 4: not JSON"):
-        prepare([path], tmp_path / "out", workers=2)
+    for workers in (1, 2):
+        with pytest.raises(InputError, match=rf"^{re.escape(str(path))}, line 4: not JSON"):
+            prepare([path], tmp_path / "out", workers=workers)
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,15 @@ def test_damaged_items_name_file_and_line(record: dict[str, Any], message: str, 
         read_task(path)
 
 
+def test_task_files_may_have_a_byte_order_mark_and_unicode_line_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('\ufeff{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
+    assert read_task(path).texts == ["a\u2028b", "c"]
+    path.write_text('{"text": "a"}\n' + "[" * 100_000, encoding="utf-8")
+    with pytest.raises(InputError, match=r"line 2: not JSON"):
+        read_task(path)
+
+
 def test_a_file_is_of_one_kind(tmp_path: Path) -> None:
     path = tmp_path / "mixed.jsonl"
     path.write_text('{"text": "a"}\n{"context": "a", "target": "b"}\n', encoding="utf-8")

@@ -52,12 +52,18 @@ class Input:
     hub: tuple[str, str, str] | None = None
 
     def __str__(self) -> str:
-        return str(self.path) if self.hub is None else HUB_PREFIX + ":".join(self.hub)
+        if self.hub is None:
+            return str(self.path)
+        name, config, split = self.hub
+        # as it may be typed: with no configuration, only a split of a usual name can follow the dataset's name
+        between = [config] if config or not _is_split(split) else []
+        return HUB_PREFIX + ":".join((name, *between, split))
 
     def fingerprint(self) -> str:
         """Changes when the file does: its size and a hash of its first and last MiB. Hub data have only their name."""
-        if self.path is None:
-            return str(self)
+        if self.hub is not None:
+            return HUB_PREFIX + ":".join(self.hub)
+        assert self.path is not None
         size = self.path.stat().st_size
         digest = hashlib.blake2b(digest_size=8)
         with self.path.open("rb") as file:
@@ -138,10 +144,14 @@ def _hub(argument: str) -> tuple[str, str, str]:
     name, *rest = argument.removeprefix(HUB_PREFIX).split(":")
     if not name or len(rest) > 2:
         raise UsageError(f"{argument}: expected hf:NAME, hf:NAME:CONFIG, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-    if len(rest) == 1 and rest[0].partition("[")[0] in _SPLITS:
+    if len(rest) == 1 and _is_split(rest[0]):
         rest.insert(0, "")
     config, split = (*rest, "", "")[:2]
     return name, config, split or "train"
+
+
+def _is_split(text: str) -> bool:
+    return text.partition("[")[0] in _SPLITS
 
 
 def _document(record: object, where: str, text_key: str) -> Document:

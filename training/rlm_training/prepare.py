@@ -189,7 +189,7 @@ class _Preparation:
 
     def run(self, pool: Workers, progress: bool) -> None:
         reader = RecordReader(self._source)
-        work = chunks(self._name, self._filters, reader.records(self._consumed))
+        work = chunks(str(self._source), self._filters, reader.records(self._consumed))
         try:
             with SourceProgress(self._name, reader, progress) as bar:
                 for results in pool.judged(work):

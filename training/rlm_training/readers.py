@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,6 +61,12 @@ class RecordReader:
             yield "\n".join(document).strip()
 
     def _lines(self) -> Iterator[bytes]:
+        lines = self._split()
+        for first in itertools.islice(lines, 1):
+            yield first.removeprefix(codecs.BOM_UTF8)
+        yield from lines
+
+    def _split(self) -> Iterator[bytes]:
         rest = b""
         for block in self._blocks():
             *lines, rest = (rest + block).split(b"\n")

@@ -56,7 +56,7 @@ class Task:
 def read_task(path: Path) -> Task:
     """Read a task file and tell its kind. Raises InputError naming file and line when a record fits no format."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line breaks may stand in a JSON text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     items, texts, kind = [], [], ""
@@ -67,7 +67,7 @@ def read_task(path: Path) -> Task:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{where}: not JSON") from None
         found = task_kind(record, name)
         if not found:

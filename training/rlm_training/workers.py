@@ -59,7 +59,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Records of one source, with the names of its filter presets."""
+    """Records of one source, with the names of its filter presets. ``source``: as errors name it."""
 
     source: str
     filters: str

@@ -57,7 +57,7 @@ def _texts(path: Path) -> Iterator[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError(f"{path}: only .txt and .jsonl files can be read")
     try:
-        with path.open(encoding="utf-8", newline="") as lines:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
             for number, line in enumerate(lines, start=1):
                 for text in [line] if path.suffix == ".txt" else _messages(line, f"{path}, line {number}"):
                     yield from _MARKS.split(text)
