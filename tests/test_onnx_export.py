@@ -27,6 +27,7 @@ from rlm_engine.backends.onnx import _providers
 from rlm_engine.checkpoint import write_model_directory
 from rlm_engine.config import ActConfig, ModelConfig
 from rlm_engine.errors import ModelError, UsageError
+from rlm_engine.export import onnx as onnx_export
 from rlm_engine.export.external import external_tensors
 from rlm_engine.export.manifest import check_files, read_manifest
 from rlm_engine.export.onnx import export_onnx
@@ -63,11 +64,21 @@ def test_export_compares_itself_with_pytorch(tmp_path: Path, design: str, precis
     assert found is not None and found.tokens >= 12
     if precision == "fp32":
         assert found.logits_max_difference < 5e-4
-        assert found.depth_agreement == found.top1_agreement == 1.0
+        assert found.depth_agreement == found.top1_agreement == found.greedy_agreement == 1.0
     else:
         assert found.logits_max_difference > 1e-5  # int8 that changed nothing would not be int8
+    assert found.logits_tolerance is not None and found.logits_max_difference < found.logits_tolerance
+    assert found.greedy_agreement is not None and 0.0 <= found.greedy_agreement <= 1.0
     assert read_manifest(tmp_path / "m", model_of(design).config) == manifest
     assert not list((tmp_path / "m").glob(".*"))
+
+
+def test_an_export_beyond_its_tolerance_replaces_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (copy / "onnx" / "manifest.json").read_bytes()
+    monkeypatch.setitem(onnx_export.TOLERANCE, "int8", 1e-6)
+    with pytest.raises(ModelError, match="differ from PyTorch"):
+        export_onnx(copy, precision="int8")
+    assert (copy / "onnx" / "manifest.json").read_bytes() == before
 
 
 def test_auto_takes_the_export_and_generates_the_same(exported: Path) -> None:

@@ -169,7 +169,8 @@ def export_onnx(options: argparse.Namespace) -> int:
         print(
             f"compared with {found.reference} on {found.tokens} tokens: logits differ by at most "
             f"{found.logits_max_difference:.2g}, same depth {found.depth_agreement:.1%}, "
-            f"same likeliest token {found.top1_agreement:.1%}"
+            f"same likeliest token {found.top1_agreement:.1%}, same greedy text for the first "
+            f"{found.greedy_agreement or 0:.0%}"
         )
     return 0
 

@@ -34,8 +34,9 @@ class Verification:
     """How the export compared with PyTorch's float32 on a sample text, through the same decoder.
 
     ``logits_max_difference``: over all tokens that took the same depth. ``depth_agreement``, ``top1_agreement``:
-    shares of the tokens with the same depth and the same likeliest next token. ``logits_tolerance``: the difference
-    above which the export is refused; None for int8, whose error is measured on held-out text instead.
+    shares of the tokens with the same depth and the same likeliest next token. ``greedy_agreement``: share of a greedy
+    text's tokens before the first that differs. ``logits_tolerance``: the difference above which the export is refused.
+    None: exports older than these two.
     """
 
     reference: str
@@ -44,6 +45,7 @@ class Verification:
     depth_agreement: float
     top1_agreement: float
     logits_tolerance: float | None = None
+    greedy_agreement: float | None = None
 
 
 @dataclass(frozen=True)
