@@ -42,6 +42,8 @@ VARIANTS = {
     "32, values and down two planes": Storage(double=(*VALUES, "block.w_down")),
     "32, all two planes": Storage(double=("block.w",)),
 }
+# Weights rounded to 4 bits in blocks of 32 and computed with in float32: the least 4 bits can cost.
+FOUR_BITS = {"4-bit block": "block.w", "4-bit block and table": ""}
 DEFAULT = "shipped"
 TOP1_BUDGET, PERPLEXITY_BUDGET = 0.99, 1.01
 
@@ -62,7 +64,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=".txt, .jsonl or .jsonl.zst, held out")
     parser.add_argument("--tokens", type=int, default=15_000, metavar="N", help="in all, evenly from the files")
     parser.add_argument("--piece", type=int, default=192, metavar="N", help="tokens per piece")
-    parser.add_argument("--variants", default="all", metavar="LIST", help=f"of: {'; '.join(VARIANTS)} (default all)")
+    parser.add_argument(
+        "--variants", default="all", metavar="LIST", help=f"of: {'; '.join((*VARIANTS, *FOUR_BITS))} (default all)"
+    )
     options = start(parser)
     if options.quick:
         options.tokens, options.piece = 60, 20
@@ -74,7 +78,8 @@ def main() -> None:
         sys.exit(str(error))
     if tokenizer is None or not options.text:
         sys.exit("give a model with a tokenizer, and --text FILE ...")
-    chosen = VARIANTS if options.variants == "all" else {n: VARIANTS[n] for n in _names(options.variants)}
+    every: dict[str, Storage | None] = {**VARIANTS, **dict.fromkeys(FOUR_BITS)}
+    chosen = every if options.variants == "all" else {n: every[n] for n in _names(options.variants)}
     storages: dict[str, Storage | None] = {"float32": None, DEFAULT: Storage(), **chosen}
     pieces = [piece for file in options.text for piece in _pieces(file, tokenizer.encode, options, len(options.text))]
     total = sum(map(len, pieces))
@@ -85,7 +90,8 @@ def main() -> None:
         for number, (label, storage) in enumerate(storages.items()):
             place = Path(folder) / str(number)
             place.mkdir()
-            manifest = write_graphs(place, config, tensors, "int8" if storage else "fp32", storage)
+            rounded = {n: _in_four_bits(t) if FOUR_BITS.get(label, "-") in n else t for n, t in tensors.items()}
+            manifest = write_graphs(place, config, rounded, "int8" if storage else "fp32", storage)
             sizes[label] = sum(file.size_bytes for file in manifest.files.values())
             backend = open_onnx(place, config, threads=options.threads)
             models[label] = Model(label, config, backend, tokenizer, manifest.parameters)
@@ -111,10 +117,20 @@ def main() -> None:
 
 def _names(text: str) -> list[str]:
     names = [part.strip() for part in text.split(";")]
-    unknown = [name for name in names if name not in VARIANTS]
+    unknown = [name for name in names if name not in {**VARIANTS, **FOUR_BITS}]
     if unknown:
-        sys.exit(f"no variant {unknown[0]!r}; there are: {'; '.join(VARIANTS)}")
+        sys.exit(f"no variant {unknown[0]!r}; there are: {'; '.join((*VARIANTS, *FOUR_BITS))}")
     return names
+
+
+def _in_four_bits(tensor: np.ndarray, block: int = 32) -> np.ndarray:
+    """A matrix rounded to the nearest of 15 values per block of an output's inputs; vectors stay."""
+    if tensor.ndim != 2 or tensor.shape[1] % block:
+        return tensor
+    blocks = tensor.astype(np.float32).reshape(len(tensor), -1, block)
+    scales = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(7.0)
+    steps = np.rint(blocks / np.where(scales > 0, scales, np.float32(1.0)))
+    return (steps * scales).reshape(tensor.shape)
 
 
 def _pieces(file: Path, encode, options: argparse.Namespace, files: int) -> Iterator[list[int]]:  # type: ignore[no-untyped-def]
