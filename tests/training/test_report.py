@@ -162,3 +162,38 @@ def test_ticks_are_round_and_within() -> None:
     assert ticks(0.0, 10.0, 5) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     assert ticks(0.013, 0.049, 4) == pytest.approx([0.02, 0.03, 0.04])
     assert ticks(3.0, 3.0) == [3.0]
+
+
+def test_markdown_shows_the_same_with_plots_beside_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "my-run")
+    target = write_report(run, tmp_path / "page.md")
+    text = target.read_text(encoding="utf-8")
+    assert text.startswith("# my-run\n")
+    plots = re.findall(r"!\[[^]]+\]\((page/[a-z0-9-]+\.svg)\)", text)
+    assert "page/loss.svg" in plots and "page/depth-histogram-over-time.svg" in plots and len(plots) == 9
+    for plot in plots:
+        root = ET.fromstring((tmp_path / plot).read_text(encoding="utf-8"))
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "| epoch | step | tokens | train loss | validation loss | perplexity |" in text
+    assert "| 2.29 | 40 | 4,000 |" in text
+
+
+def test_the_unigram_model_stands_beside_the_losses(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    assert "unigram" not in html_report(read_run(run))
+    data = json.loads((run / "data.json").read_text(encoding="utf-8"))
+    (run / "data.json").write_text(json.dumps(data | {"unigram": {"books": 5.0, "chat": 4.5}}), encoding="utf-8")
+    page = html_report(read_run(run))
+    assert "<td>4.7500</td>" in page and "validation of a unigram model" in page
+
+
+@pytest.mark.parametrize(
+    ("histogram", "words"),
+    [
+        ([0, 0, 100, 0, 0], "2.00 on average; 100.0 % at 2, 0.0 % at 4"),  # collapsed
+        ([0, 0, 0, 0, 7], "4.00 on average; 100.0 % at 4, 100.0 % at 4"),  # stuck
+        ([0, 0, 1, 2, 1], "3.00 on average; 25.0 % at 2, 25.0 % at 4"),
+    ],
+)
+def test_a_collapsed_or_stuck_depth_can_be_seen(tmp_path: Path, histogram: list[int], words: str) -> None:
+    assert words in html_report(read_run(write_run(tmp_path / "r", depth_histogram=histogram)))

@@ -180,9 +180,9 @@ def _check_writable(path: Path) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    report = commands.add_parser("report", help="a run's curves and tables as one HTML page")
+    report = commands.add_parser("report", help="a run's curves and tables as one HTML page, or as Markdown")
     report.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run (metrics.jsonl)")
-    report.add_argument("--out", type=Path, help="the page (default RUN/report.html)")
+    report.add_argument("--out", type=Path, help="the page (default RUN/report.html; PAGE.md: Markdown)")
     report.set_defaults(run=_write_report)
 
 

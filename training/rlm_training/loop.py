@@ -268,7 +268,7 @@ class Trainer:
         """
         plan = Plan(self.steps)
         if isinstance(self._design, Act):
-            plan = Plan(self.steps, budget=self.recipe.ponder.max_steps(self.steps, self.steps))
+            plan = Plan(self.steps, budget=self.recipe.ponder.max_steps(values["step"], self.steps))
         result = {}
         self._model.eval()
         averaged = self._average.applied() if self._average is not None else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""`rlm-train report`: a run's folder as one HTML page with plots and tables; no script, nothing from the network."""
+"""`rlm-train report`: a run's folder as one HTML page, or as Markdown, with plots and tables."""
 
 from __future__ import annotations
 
@@ -6,24 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from rlm_engine.errors import InputError
 from rlm_training.evaluation_tables import number, percent
+from rlm_training.pages import Block, Code, Heading, Note, Plot, Table, render_html, render_markdown
 from rlm_training.plots import Line, depth_map, line_plot
-
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884 }
-th:first-child, td:first-child { text-align: left }
-svg { width: 100%; height: auto; max-width: 54rem }
-pre { overflow-x: auto; font-size: .85em }
-.note { opacity: .75; font-size: .9em }
-"""
 
 
 @dataclass
@@ -64,14 +53,22 @@ class TrainingRow:
 
 
 def write_report(folder: Path, target: Path | None = None) -> Path:
-    """Write the page (default: report.html in the folder) and return its path. Raises InputError."""
-    page = html_report(read_run(folder))
+    """Write the page (default: report.html in the folder) and return its path. Raises InputError.
+
+    A target ending in .md becomes Markdown, with its plots as SVG files in a folder beside it, named after it.
+    """
+    run = read_run(folder)
     target = target or folder / "report.html"
+    files = {target: html_report(run)}
+    if target.suffix == ".md":
+        text, plots = render_markdown(blocks_of(run), target.stem)
+        files = {target: text, **{target.parent / name: svg for name, svg in plots.items()}}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(target)
+        for path, text in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error.strerror})") from None
     return target
@@ -152,35 +149,32 @@ def epochs_of_run(run: RunRecord) -> float:
 
 def html_report(run: RunRecord) -> str:
     """The whole page; well-formed XML as well as HTML."""
-    sections = [
-        f"<h1>{escape(run.name)}</h1>",
-        _facts(run),
-        *_curves(run),
-        "<h2>Training table</h2>",
-        _training_html(run),
+    return render_html(run.name, blocks_of(run))
+
+
+def blocks_of(run: RunRecord) -> list[Block]:
+    """What a report says, in order."""
+    blocks: list[Block] = [Heading(1, run.name), _facts(run), *_curves(run), Heading(2, "Training table")]
+    rows = [
+        (f"{row.epoch:.2f}", f"{row.step + 1:,}", f"{row.tokens:,}", number(row.train_loss, 4),
+         number(row.validation_loss, 4), number(row.perplexity))
+        for row in training_table(run)
+    ]  # fmt: skip
+    blocks += [
+        Table(("epoch", "step", "tokens", "train loss", "validation loss", "perplexity"), rows),
+        Note("Perplexity is exp of the validation loss, the mean over the held-out domains."),
     ]
     for name, evaluation in run.evaluations.items():
-        sections += _evaluation(name, evaluation)
+        blocks += _evaluation(name, evaluation)
     if run.recipe:
-        sections.append(f"<h2>Recipe</h2><pre>{escape(json.dumps(run.recipe, indent=1, ensure_ascii=False))}</pre>")
-    body = "\n".join(section for section in sections if section)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>{escape(run.name)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"/><style>{STYLE}</style></head>\n'
-        f"<body>\n{body}\n</body></html>\n"
-    )
+        blocks += [Heading(2, "Recipe"), Code(json.dumps(run.recipe, indent=1, ensure_ascii=False))]
+    return blocks
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of escaped texts."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _facts(run: RunRecord) -> str:
+def _facts(run: RunRecord) -> Table:
     last, model, train = run.metrics[-1], run.recipe.get("model", {}), run.recipe.get("train", {})
     speeds = [row["tokens_per_s"] for row in run.metrics if row.get("tokens_per_s")]
+    unigram = _unigram(run)
     best = min((_mean(list(row["heldout"].values())) for row in run.metrics if row.get("heldout")), default=None)
     rows = [
         ("recipe", f"{run.recipe.get('name', '-')} ({run.recipe.get('stage', '-')})"),
@@ -193,12 +187,30 @@ def _facts(run: RunRecord) -> str:
         ("batch", f"{train['rows']} x {train['sequence']} tokens" if {"rows", "sequence"} <= set(train) else ""),
         ("last training loss", number(last.get("loss"), 4)),
         ("best validation loss", "-" if best is None else f"{best:.4f} (perplexity {math.exp(best):.2f})"),
+        ("unigram model's validation loss", "" if unigram is None else f"{unigram:.4f}"),
+        ("depth of the last step's tokens", _depths(last.get("depth_histogram"))),
         ("median tokens/s", f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else ""),
     ]
-    return html_table(("", ""), [row for row in rows if row[1]])
+    return Table(("", ""), [row for row in rows if row[1]])
 
 
-def _curves(run: RunRecord) -> list[str]:
+def _unigram(run: RunRecord) -> float | None:
+    """Mean over the domains of the unigram model's loss, which data.json has; None without."""
+    losses = run.data.get("unigram")
+    return _mean(list(losses.values())) if isinstance(losses, dict) and losses else None
+
+
+def _depths(histogram: Any) -> str:
+    """The mean, and how much of it is at either end: whether depth has collapsed or sticks."""
+    if not isinstance(histogram, list) or not sum(histogram):
+        return ""
+    used = [depth for depth, count in enumerate(histogram) if count]
+    mean = sum(depth * count for depth, count in enumerate(histogram)) / sum(histogram)
+    shares = [percent(histogram[depth] / sum(histogram)) for depth in (used[0], len(histogram) - 1)]
+    return f"{mean:.2f} on average; {shares[0]} at {used[0]}, {shares[1]} at {len(histogram) - 1}, the most there is"
+
+
+def _curves(run: RunRecord) -> list[Block]:
     millions = [tokens / 1e6 for tokens in run.tokens]
     axis = "million tokens"
 
@@ -211,6 +223,10 @@ def _curves(run: RunRecord) -> list[str]:
     validated = [(x, row["heldout"]) for x, row in zip(millions, run.metrics, strict=True) if row.get("heldout")]
     at = [x for x, _ in validated]
     mean = Line("validation, mean of domains", at, [_mean(list(v.values())) for _, v in validated], points=True)
+    losses = [line("loss", "training"), mean]
+    unigram = _unigram(run)
+    if unigram is not None:
+        losses.append(Line("validation of a unigram model", [millions[0], millions[-1]], [unigram, unigram]))
     names = list(dict.fromkeys(name for _, values in validated for name in values))
     domains = [
         Line(name, [x for x, v in validated if name in v], [v[name] for _, v in validated if name in v], points=True)
@@ -219,7 +235,7 @@ def _curves(run: RunRecord) -> list[str]:
     rate = run.recipe.get("optim", {}).get("lr", 1.0)
     rate_label = "learning rate" if "lr" in run.recipe.get("optim", {}) else "share of the full learning rate"
     plots = [
-        ("Loss", line_plot("Loss", axis, "nats per token", [line("loss", "training"), mean]), _loss_note(run)),
+        ("Loss", line_plot("Loss", axis, "nats per token", losses), _loss_note(run)),
         ("Validation loss by domain", line_plot("Validation loss by domain", axis, "nats per token", domains), ""),
         (
             "Learning rate",
@@ -252,11 +268,11 @@ def _curves(run: RunRecord) -> list[str]:
             "",
         ),
     ]
-    return [
-        f"<h2>{title}</h2>{plot}" + (f'<p class="note">{escape(note)}</p>' if note else "")
-        for title, plot, note in plots
-        if plot
-    ]
+    blocks: list[Block] = []
+    for title, plot, note in plots:
+        if plot:
+            blocks += [Heading(2, title), Plot(title, plot), *([Note(note)] if note else [])]
+    return blocks
 
 
 def _loss_note(run: RunRecord) -> str:
@@ -296,18 +312,8 @@ def _histogram(run: RunRecord, x: list[float], axis: str) -> str:
     return depth_map("Depth histogram over time", axis, "depth", [at for at, _ in rows], shares, first)
 
 
-def _training_html(run: RunRecord) -> str:
-    rows = [
-        (f"{row.epoch:.2f}", f"{row.step + 1:,}", f"{row.tokens:,}", number(row.train_loss, 4),
-         number(row.validation_loss, 4), number(row.perplexity))
-        for row in training_table(run)
-    ]  # fmt: skip
-    table = html_table(("epoch", "step", "tokens", "train loss", "validation loss", "perplexity"), rows)
-    return table + '<p class="note">Perplexity is exp of the validation loss, the mean over the held-out domains.</p>'
-
-
-def _evaluation(name: str, evaluation: dict[str, Any]) -> list[str]:
-    parts = [f"<h2>Evaluation: {escape(name)}</h2>"]
+def _evaluation(name: str, evaluation: dict[str, Any]) -> list[Block]:
+    parts: list[Block] = [Heading(2, f"Evaluation: {name}")]
     settings = [one for one in evaluation.get("heldout", []) if isinstance(one, dict) and one.get("macro")]
     depths = sorted((one for one in settings if one.get("max_steps")), key=lambda one: int(one["max_steps"]))
     if depths:
@@ -316,19 +322,20 @@ def _evaluation(name: str, evaluation: dict[str, Any]) -> list[str]:
             Line("exp of mean loss", x, [one["macro"]["perplexity_of_mean_loss"] for one in depths], points=True),
             Line("mean of perplexities", x, [one["macro"]["mean_perplexity"] for one in depths], points=True),
         ]
-        parts.append(line_plot("Perplexity per depth", "depth budget", "macro perplexity", lines, log_y=True))
+        plot = line_plot("Perplexity per depth", "depth budget", "macro perplexity", lines, log_y=True)
+        parts.append(Plot(f"Perplexity per depth, {name}", plot))
     if settings:
         rows = [
             (one["label"], number(one["macro"]["mean_depth"]), number(one["macro"]["perplexity_of_mean_loss"]),
              number(one["macro"]["mean_perplexity"]), number(one["macro"]["bits_per_byte"], 3))
             for one in settings
         ]  # fmt: skip
-        parts.append(html_table(("setting", "mean depth", "ppl, exp(mean loss)", "ppl, mean", "bits/byte"), rows))
+        parts.append(Table(("setting", "mean depth", "ppl, exp(mean loss)", "ppl, mean", "bits/byte"), rows))
         rows = [
             (name, f"{v['tokens']:,}", number(v["perplexity"]), number(v["bits_per_byte"], 3), number(v["mean_depth"]))
             for name, v in settings[0]["domains"].items()
         ]  # fmt: skip
-        parts.append(html_table(("held-out domain", "tokens", "perplexity", "bits/byte", "depth"), rows))
+        parts.append(Table(("held-out domain", "tokens", "perplexity", "bits/byte", "depth"), rows))
     rows = [
         (task, f"{v['items']:,}", f"{percent(v['acc'])} ± {100 * v['acc_stderr']:.1f}",
          percent(v.get("acc_norm")), percent(v["chance"]))
@@ -336,7 +343,7 @@ def _evaluation(name: str, evaluation: dict[str, Any]) -> list[str]:
         if "acc" in v
     ]  # fmt: skip
     if rows:
-        parts.append(html_table(("task", "items", "accuracy", "normalised", "chance"), rows))
+        parts.append(Table(("task", "items", "accuracy", "normalised", "chance"), rows))
     chat = evaluation.get("chat", {})
     modes = [mode for mode in ("greedy", "sampled") if mode in chat]
     if modes:
@@ -351,7 +358,7 @@ def _evaluation(name: str, evaluation: dict[str, Any]) -> list[str]:
         )
         counts = [(key.replace("_", " "), *(percent(chat[mode][key]) for mode in modes)) for key in keys]
         counts.append(("tokens, mean", *(number(chat[mode]["tokens_mean"], 1) for mode in modes)))
-        parts.append(html_table((f"chat, {chat['prompts']} prompts", *modes), counts))
+        parts.append(Table((f"chat, {chat['prompts']} prompts", *modes), counts))
     return parts
 
 
