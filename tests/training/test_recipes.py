@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,15 @@ def test_dry_run_says_size_cost_and_time(tmp_path: Path) -> None:
     text = describe(load_recipe("act-55m"), 55_126_273, 1000, 1e11)
     assert "55,126,273" in text and "100 GFLOP/s" in text and "1,000 of 131,072 tokens" in text
     assert [duration(s) for s in (45, 600, 12_000, 200_000)] == ["45 s", "10 min", "3 h 20 min", "2 d 7 h"]
+
+
+def test_dropout_belongs_to_the_stage_not_to_the_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    config = tiny_config("routed", hidden_dropout=0.0, attention_dropout=0.0)
+    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+    init = f"train.init={json.dumps(str(folder))}"
+    recipe = tiny_recipe(tmp_path, "routed", "sft", init, "model.hidden_dropout=0.2")
+    assert recipe.model.hidden_dropout == 0.2  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="n_layers"):
+        tiny_recipe(tmp_path, "routed", "sft", init, "model.n_layers=7")

@@ -101,7 +101,8 @@ class Trainer:
         last: dict[str, Any] = {"step": start}
         skipped, saved_at = 0, time.monotonic()
         self._train_mode()
-        with self._signals(), self._display.running(start, self.steps):
+        closed = contextlib.nullcontext() if metrics is None else contextlib.closing(metrics)
+        with self._signals(), self._display.running(start, self.steps), closed:
             for step in range(start, self.steps):
                 began = time.monotonic()
                 overdue = began - saved_at > 60 * self.recipe.train.checkpoint_minutes

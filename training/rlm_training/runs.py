@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,12 @@ class Metrics:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self._path)
-        self._add_scalar = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
+        self._events = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
+
+    def close(self) -> None:
+        """Write what TensorBoard's writer still holds back."""
+        if self._events is not None:
+            self._events.close()
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line. InputError when the disk is full."""
@@ -168,20 +173,19 @@ class Metrics:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise InputError(f"{self._path}: {error.strerror}; make room and continue with --resume") from None
-        if self._add_scalar is not None:
+        if self._events is not None:
             for name, value in values.items():
                 if isinstance(value, float):
-                    self._add_scalar(name, value, values["step"])
+                    self._events.add_scalar(name, value, values["step"])
             for name, value in values.get("heldout", {}).items():
-                self._add_scalar(f"heldout/{name}", value, values["step"])
+                self._events.add_scalar(f"heldout/{name}", value, values["step"])
 
 
-def _tensorboard(folder: Path, resume_step: int) -> Callable[[str, float, int], None]:
+def _tensorboard(folder: Path, resume_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError(
             "train.tensorboard needs the package: pip install 'rlm-chat[tensorboard]', or set it to false"
         ) from None
-    writer: Any = SummaryWriter(str(folder), purge_step=resume_step)
-    return lambda name, value, step: writer.add_scalar(name, value, step)
+    return SummaryWriter(str(folder), purge_step=resume_step)
