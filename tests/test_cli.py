@@ -253,10 +253,10 @@ def test_every_line_of_a_file_is_answered(model: str, tmp_path: Path, capsys: py
         ("chat", '{"messages": [{"role": "robot", "content": "a"}]}', "message 1: role must be"),
         ("chat", '{"messages": [{"role": "user", "content": 3}]}', "message 1: content must be a text"),
         ("chat", '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ""}]}', "is empty"),
-        ("chat", '{"prompt": "%s"}' % ("word " * 100), "too long"),
-        ("complete", '{"prompt": "%s"}' % ("word " * 100), "context holds 64"),
+        pytest.param("chat", json.dumps("word " * 100), "too long", id="chat-long"),
+        pytest.param("complete", json.dumps("word " * 100), "context holds 64", id="complete-long"),
         ("complete", '{"prompt": "\\ud800"}', "surrogate"),
-        ("chat", "[" * 100_000, "not JSON"),
+        pytest.param("chat", "[" * 100_000, "not JSON", id="deep"),
         ("complete", "{", "not JSON"),
     ],
 )
