@@ -163,9 +163,9 @@ def test_half_a_surrogate_pair_is_refused_with_its_place() -> None:
 @pytest.mark.parametrize("piece", ["a", " ", "\n", "ab1 ", "😀", "\u0301"])
 def test_long_monotonous_text_takes_no_time_and_nothing_is_lost(piece: str) -> None:
     text = piece * (400_000 // len(piece.encode("utf-8")))
-    started = time.perf_counter()
+    started = time.process_time()
     ids = TOKENIZER.encode(text)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
     assert TOKENIZER.decode(ids) == text
 
 

@@ -78,7 +78,7 @@ def test_without_stops_text_passes() -> None:
 
 @pytest.mark.parametrize("size", [200_000])
 def test_hostile_stop_strings_take_linear_time(size: int) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     text = "a" * size
     assert stream([text], ["a" * 999 + "b"]) == (text, False)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0

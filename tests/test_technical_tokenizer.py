@@ -149,11 +149,11 @@ def test_readable_decoding(tokenizer: TechnicalTokenizer) -> None:
 
 
 def test_hostile_texts_take_linear_time(tokenizer: TechnicalTokenizer) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     for text in ("<" * 50_000, "a." * 25_000, "a.@" * 20_000, "`" * 50_000, "<|user|>" * 6_000, "ab`" + "ab " * 15_000):
         tokenizer.encode(text)
     tokenizer.encode("```" + "token" * 8_000 + "```")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer: TechnicalTokenizer) -> None:
