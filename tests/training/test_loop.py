@@ -156,3 +156,26 @@ def test_compiled_blocks_train_the_same(data: Path, tmp_path: Path, architecture
         assert compiled == pytest.approx(plain, rel=1e-3)
     else:  # dropout draws its numbers in another order
         assert compiled == pytest.approx(plain, rel=0.2)
+
+
+def test_heldout_text_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    data, other = write_prepared(tmp_path / "data"), write_prepared(tmp_path / "other")
+    for folder, digest in (data, "1"), (other, "2"):
+        index = json.loads((folder / "index.json").read_text())
+        (folder / "tokenizer.json").write_text(digest)
+        (folder / "index.json").write_text(json.dumps(index | {"tokenizer_files": {"tokenizer.json": digest}}))
+    heldout = f"data.heldout={json.dumps(str(other))}"
+    with pytest.raises(UsageError, match=r"another tokenizer\.json"):
+        run(tiny_recipe(data, "act", "pretrain", heldout), tmp_path / "run")
+
+
+def test_the_models_chat_format_is_that_of_the_data(tmp_path: Path) -> None:
+    data = write_prepared(tmp_path / "data")
+    index = json.loads((data / "index.json").read_text())
+    form = {"prefix": {"user": "Q: ", "assistant": "A: "}, "suffix": {"user": "\n"}, "stop": ["\n"]}
+    run(tiny_recipe(data, "act", "pretrain", "train.most_steps=1"), tmp_path / "none")
+    assert read_model_directory(tmp_path / "none" / "model")[0].chat_format is None
+    (data / "index.json").write_text(json.dumps(index | {"chat_format": form}))
+    run(tiny_recipe(data, "act", "pretrain", "train.most_steps=1"), tmp_path / "own")
+    found = read_model_directory(tmp_path / "own" / "model")[0].chat_format
+    assert found is not None and found.to_dict() == form

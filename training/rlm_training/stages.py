@@ -28,7 +28,7 @@ from rlm_training.loop import Trainer
 from rlm_training.micro import Micro, Steps, TokenSteps
 from rlm_training.objectives import PreferenceObjective, TokenObjective
 from rlm_training.recipe import Recipe
-from rlm_training.shards import CHAT_FORMAT, Source, digests, load_sources, read_index
+from rlm_training.shards import Source, digests, load_sources, read_index
 from rlm_training.stream import FirstRows, PackedConversations, first_conversations
 from rlm_training.unigram import unigram_losses
 
@@ -203,6 +203,14 @@ def heldout_micros(recipe: Recipe, design: Design, device: torch.device) -> dict
         return {}
     sequence, most, found = recipe.train.sequence, recipe.data.validation_rows, {}
     sources = prepared_sources(recipe, Path(recipe.data.heldout))
+    files = [
+        read_index(Path(folder)).get("tokenizer_files", {}) for folder in (recipe.data.prepared, recipe.data.heldout)
+    ]
+    if files[0] != files[1]:
+        raise UsageError(
+            f"{recipe.data.heldout} was prepared with another {next(iter(files[0] or files[1]))} than "
+            f"{recipe.data.prepared}; prepare both with the same --tokenizer"
+        )
     for name, source in sources.items():
         check_ids([source], recipe)
         stream: FirstRows | PackedConversations = FirstRows(source, sequence, most)
@@ -245,7 +253,7 @@ def _same_data(recipe: Recipe, folder: Path) -> None:
 def _export_config(recipe: Recipe) -> ModelConfig:
     index = read_index(Path(recipe.data.prepared))
     form = index.get("chat_format")
-    chat_format: ChatFormat | None = ChatFormat.from_dict(form, "index.json") if form else CHAT_FORMAT
+    chat_format = ChatFormat.from_dict(form, "index.json") if form else recipe.model.chat_format
     if not set(index["added_tokens"]) <= set(recipe.model.added_tokens):
         chat_format = recipe.model.chat_format  # a model without the role tokens cannot follow the data's format
     provenance = {
