@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The act family: one formula, three sizes, GPT-2's vocabulary and two role tokens. "tiny" is for --quick.
+# The act family: one formula, some sizes, GPT-2's vocabulary and two role tokens. "tiny" is for --quick.
 ACT_SIZES = {
     "tiny": {"vocab_size": 97, "d_model": 16, "n_heads": 2, "ffn": 24, "eos_token_id": 0, "context_length": 128},
     "15m": {"d_model": 256, "n_heads": 4, "ffn": 2048},
+    "23m": {"d_model": 384, "n_heads": 6, "ffn": 3072},
     "33m": {"d_model": 512, "n_heads": 8, "ffn": 4096},
+    "55m": {"d_model": 768, "n_heads": 12, "ffn": 6144},
     "110m": {"d_model": 1280, "n_heads": 20, "ffn": 10240},
 }
 _judging = True  # whether budgets are judged: not with --quick

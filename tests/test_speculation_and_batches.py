@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from onnx_models import decoder_on, model_of, onnx_backend
 from tiny_models import tiny_act
 
 from rlm_engine import Depth, Sampling, Speculation, UsageError
+from rlm_engine.backends import onnx
 from rlm_engine.backends.torch import TorchBackend
+from rlm_engine.decoding.interface import Placement
 from rlm_engine.generate import Model
 from rlm_engine.sampling import Sampler
 
@@ -107,3 +111,53 @@ def test_batch_of_nothing() -> None:
     assert list(model().generate_many([])) == []
     zero = list(model().generate_many([[1], [2]], Sampling(max_tokens=0)))
     assert [(c.index, c.text, c.stop_reason) for c in zero] == [(0, "", "max_tokens"), (1, "", "max_tokens")]
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every call of the step graph from now on."""
+    calls: list[int] = []
+    run = onnx._Step.run
+
+    def counted(self: Any, values: Any, live: Any, slots: np.ndarray, *rest: Any) -> tuple[np.ndarray, ...]:
+        calls.append(len(slots))
+        return run(self, values, live, slots, *rest)
+
+    monkeypatch.setattr(onnx._Step, "run", counted)
+    return calls
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_rows_that_halt_apart_take_one_call_per_recurrence(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that halted between rows that go on run along and leave nothing behind: results of single decoding."""
+    backend = onnx_backend("act", 1, precision)
+    config = model_of("act", 1).config
+    batch = decoder_on(backend, config, rows=5)
+    singles = [decoder_on(backend, config) for _ in range(5)]
+    rng = np.random.default_rng(0)
+    apart = 0
+    for length in (3, *[1] * 40):  # past the window of 16 tokens
+        fed = [rng.integers(1, config.vocab_size, length).tolist() for _ in range(5)]
+        calls = count_calls(monkeypatch)
+        result = batch.feed(fed)
+        if length == 1:
+            assert len(calls) == max(len(trace.halting) for trace in result.traces)
+            depths = np.array([len(trace.halting) for trace in result.traces])
+            apart += any((np.diff(np.flatnonzero(depths > n)) > 1).any() for n in range(1, depths.max()))
+        monkeypatch.undo()
+        for row, single in enumerate(singles):
+            alone = single.feed([fed[row]])
+            assert alone.traces[0].steps == result.traces[row].steps
+            np.testing.assert_allclose(result.logits[row], alone.logits[0], rtol=0, atol=2e-4)
+    assert apart > 10  # guards the test: rows did halt between rows that went on
+
+
+def test_rows_far_apart_or_without_a_free_slot_do_not_run_along() -> None:
+    cache = onnx.OnnxCache(rows=8, heads=2, capacity=4, head_dim=8)
+    groups = lambda rows: [part.tolist() for part in onnx._parts(np.array(rows), cache)]  # noqa: E731
+    assert groups([0, 2, 6]) == [[0, 1, 2]] and groups([0, 5]) == [[0], [1]]
+    for slot in range(4):
+        cache.mark(Placement(np.array([1]), np.array([slot]), np.array([0])))
+    assert groups([0, 2, 3]) == [[0], [1, 2]]
+    cache.mark(Placement(np.array([1]), np.array([0]), np.array([0])))  # the row begins anew
+    assert groups([0, 2, 3]) == [[0, 1, 2]]
+    assert groups([3, 2, 2, 4]) == [[1, 2], [0, 3]]
