@@ -80,11 +80,11 @@ def main() -> None:
         sys.exit("give a model with a tokenizer, and --text FILE ...")
     every: dict[str, Storage | None] = {**VARIANTS, **dict.fromkeys(FOUR_BITS)}
     chosen = every if options.variants == "all" else {n: every[n] for n in _names(options.variants)}
-    storages: dict[str, Storage | None] = {"float32": None, DEFAULT: Storage(), **chosen}
+    storages: dict[str, Storage | None] = {"float32": None, DEFAULT: Storage.for_width(config.d_model), **chosen}
     pieces = [piece for file in options.text for piece in _pieces(file, tokenizer.encode, options, len(options.text))]
     total = sum(map(len, pieces))
     print(f"model: {options.model}; {total} tokens in {len(pieces)} pieces of {len(options.text)} files")
-    print(f"{DEFAULT}: {Storage()}\n")
+    print(f"{DEFAULT}: {storages[DEFAULT]}\n")
     with tempfile.TemporaryDirectory() as folder:
         models, sizes = {}, {}
         for number, (label, storage) in enumerate(storages.items()):

@@ -16,7 +16,7 @@ from tiny_models import tiny_act
 
 from rlm_engine import load_model
 from rlm_engine.checkpoint import TensorFile, read_model_directory, write_model_directory
-from rlm_engine.errors import ModelError
+from rlm_engine.errors import ModelError, UsageError
 from rlm_engine.generate import describe_model
 
 
@@ -60,6 +60,20 @@ def test_other_precisions_load(directory: Path, dtype: torch.dtype) -> None:
     for name, tensor in model.state_dict().items():
         np.testing.assert_array_equal(tensors[name], tensor.double().numpy())
     assert np.isfinite(load_model(str(directory)).logits([1, 2, 3])).all()
+
+
+def test_pytorch_computes_in_the_dtype_asked_for(directory: Path) -> None:
+    def logits(dtype: str) -> np.ndarray:
+        return load_model(str(directory), backend="torch", dtype=dtype).logits([1, 2, 3, 4])
+
+    exact, half = logits("float32"), logits("bfloat16")
+    np.testing.assert_array_equal(logits("auto"), exact)  # on the CPU
+    difference = np.abs(half - exact).max()
+    assert 0 < difference < 0.05 * np.abs(exact).max()  # bfloat16 keeps 8 bits; errors add up over the recurrences
+    with pytest.raises(UsageError, match="dtype must be one of"):
+        load_model(str(directory), dtype="float8")
+    with pytest.raises(UsageError, match="dtype is for backend 'torch'"):
+        load_model(str(directory), backend="onnx", dtype="bfloat16")
 
 
 def test_two_models_share_a_table(directory: Path) -> None:

@@ -194,3 +194,10 @@ def test_routers_halting_head_and_positions_stay_float() -> None:
         kept = {name for name, tensor in tensors_of(model).items() if tensor.ndim == 2 and stays_float(name)}
         assert all(any(word in name for word in ("router", "halt", "positions", "step_embedding")) for name in kept)
         assert kept
+
+
+def test_wide_models_have_wide_blocks(tmp_path: Path) -> None:
+    assert Storage.for_width(256) == Storage() and Storage.for_width(768).matrix_block == 128
+    module = tiny_act(0, torch.float32, vocab_size=64, d_model=512, n_heads=8)
+    write_graphs(tmp_path, module.config, tensors_of(module), "int8")
+    assert read_manifest(tmp_path, module.config).storage == Storage.for_width(512)

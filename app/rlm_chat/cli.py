@@ -14,7 +14,7 @@ from rlm_engine.version import __version__
 
 WORKER_ARGUMENT = "--engine-worker"  # how a frozen program starts itself as its engine process
 
-MODEL_OPTIONS = ("model", "backend", "device")
+MODEL_OPTIONS = ("model", "backend", "device", "dtype")
 SAMPLING_OPTIONS = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "greedy", "max_tokens", "stop",
 )  # fmt: skip
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"rlm-chat {__version__}")
-    parser.set_defaults(run=_tui, takes=everything)
+    parser.set_defaults(run=_tui, takes=tuple(name for name in everything if name != "dtype"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     chat = commands.add_parser("chat", parents=[common], help="one reply to a prompt, or a plain conversation")
@@ -181,6 +181,11 @@ def _model_options(backend: bool = True) -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="NAME", help="a bundled model or a model directory")
     if backend:
         model.add_argument("--backend", choices=("auto", "onnx", "torch"), help="what computes (default auto)")
+        model.add_argument(
+            "--dtype",
+            choices=("auto", "float32", "bfloat16"),
+            help="of PyTorch in chat, complete and score (auto: float32, on a GPU bfloat16)",
+        )
     model.add_argument("--device", choices=("auto", "cpu", "cuda", "directml", "coreml"), help="where (default auto)")
     return options
 

@@ -331,9 +331,8 @@ def _stream(generation: Generation, options: argparse.Namespace, said: list[str]
 def _load(options: argparse.Namespace, default: str) -> Model:
     from rlm_engine import load_model
 
-    model = load_model(
-        getattr(options, "model", default), getattr(options, "backend", "auto"), getattr(options, "device", "auto")
-    )
+    chosen = {key: getattr(options, key) for key in ("backend", "device", "dtype") if hasattr(options, key)}
+    model = load_model(getattr(options, "model", default), **chosen)
     model.window = getattr(options, "window", "exact")
     return model
 

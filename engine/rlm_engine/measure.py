@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -357,20 +357,4 @@ def open_variant(name: str, variant: str, device: str = "auto") -> Model:
         raise UsageError(f"backends are {', '.join(VARIANTS)}; got {variant!r}")
     if variant == "onnx":
         return load_model(name, "onnx", device)
-    model = load_model(name, "torch", device)
-    return model if variant == "torch" else _in_bfloat16(model, name)
-
-
-def _in_bfloat16(model: Model, name: str) -> Model:
-    import torch
-
-    from rlm_engine.backends.torch import TorchBackend
-    from rlm_engine.checkpoint import read_model_directory
-    from rlm_engine.generate import Model, find_model
-    from rlm_engine.models import module_from
-
-    device = getattr(model.backend, "device", "cpu")
-    config, tensors = read_model_directory(find_model(name))
-    module: Any = module_from(config, tensors).to(device, torch.bfloat16)
-    backend = TorchBackend(module.pieces(), torch.bfloat16, device)
-    return Model(model.name, config, backend, model.tokenizer, model.parameters)
+    return load_model(name, "torch", device, "bfloat16" if variant == "torch-bf16" else "float32")

@@ -16,24 +16,35 @@ from rlm_engine.errors import ModelError, UsageError
 
 BACKENDS = ("auto", "onnx", "torch")
 DEVICES = ("auto", "cpu", "cuda", "directml", "coreml")
+DTYPES = ("auto", "float32", "bfloat16")
 _EXPORT = Path("onnx", "manifest.json")
 
 
-def open_backend(directory: Path, backend: str = "auto", device: str = "auto") -> tuple[ModelConfig, Backend, int]:
+def open_backend(
+    directory: Path, backend: str = "auto", device: str = "auto", dtype: str = "auto"
+) -> tuple[ModelConfig, Backend, int]:
     """A model directory's configuration, the backend that runs it, and how many parameters it has.
 
     "auto" is ONNX Runtime where the directory holds an export and onnxruntime is installed, else PyTorch; a GPU asked
     for by name means PyTorch as well. PyTorch on device "auto" takes a CUDA GPU when there is one.
-    Raises UsageError for a backend or device that does not exist, ModelError when the model cannot be loaded.
+    ``dtype`` is PyTorch's: "auto" computes in float32 on the CPU and in bfloat16 on a GPU; an ONNX export has the
+    precision it was written in.
+    Raises UsageError for a backend, device or dtype that does not exist, ModelError when the model cannot be loaded.
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if device not in DEVICES:
         raise UsageError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if backend == "auto":
         ready = (directory / _EXPORT).is_file() and importlib.util.find_spec("onnxruntime") is not None
-        backend = "onnx" if ready and device != "cuda" else "torch"
-    return _open_onnx(directory, device) if backend == "onnx" else _open_torch(directory, device)
+        backend = "onnx" if ready and device != "cuda" and dtype == "auto" else "torch"
+    if backend == "torch":
+        return _open_torch(directory, device, dtype)
+    if dtype != "auto":
+        raise UsageError("dtype is for backend 'torch'; an ONNX export has the precision it was written in")
+    return _open_onnx(directory, device)
 
 
 def count_parameters(directory: Path, config: ModelConfig) -> int:
@@ -59,7 +70,7 @@ def _open_onnx(directory: Path, device: str) -> tuple[ModelConfig, Backend, int]
     return config, opened, read_manifest(directory, config).parameters
 
 
-def _open_torch(directory: Path, device: str) -> tuple[ModelConfig, Backend, int]:
+def _open_torch(directory: Path, device: str, dtype: str) -> tuple[ModelConfig, Backend, int]:
     if device not in ("auto", "cpu", "cuda"):
         raise ModelError(f"device {device!r} needs ONNX Runtime: export the model (rlm-chat export onnx) first")
     if (directory / _EXPORT).is_file() and not (directory / "model.safetensors").exists():
@@ -82,7 +93,8 @@ def _open_torch(directory: Path, device: str) -> tuple[ModelConfig, Backend, int
         raise ModelError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU here; use --device cpu")
     target = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
     config, tensors = read_model_directory(directory)
-    module = module_from(config, tensors).to(target)
+    number = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and target == "cuda") else torch.float32
+    module = module_from(config, tensors).to(target, number)
     parameters = sum(p.numel() for p in module.parameters())
     pieces: Any = module.pieces()
-    return config, TorchBackend(pieces, next(module.parameters()).dtype, target), parameters
+    return config, TorchBackend(pieces, number, target), parameters

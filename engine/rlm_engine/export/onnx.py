@@ -56,7 +56,7 @@ def export_onnx(
 ) -> Manifest:
     """Export the model directory `source` into its own `onnx/`, or into a new model directory `target`.
 
-    ``precision``: "fp32" or "int8"; ``storage``: how int8 stores the weights, default `Storage()`.
+    ``precision``: "fp32" or "int8"; ``storage``: how int8 stores the weights, default `Storage.for_width`.
     What is there is replaced only once the new export works.
     Raises ModelError for damaged weights and for an fp32 export that does not compute what PyTorch does, UsageError
     for an unknown precision or a target that is in the way.
@@ -102,7 +102,7 @@ def write_graphs(
     folder = directory / FOLDER
     folder.mkdir()
     weight_file = WeightFile(folder / WEIGHTS)
-    storage = (storage or Storage()) if precision == "int8" else None
+    storage = (storage or Storage.for_width(config.d_model)) if precision == "int8" else None
     weights = Weights(tensors, weight_file, storage)
     files = {}
     try:
