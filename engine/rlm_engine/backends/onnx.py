@@ -45,8 +45,6 @@ class OnnxCache:
         self.v = np.zeros_like(self.k)
         self.hidden = np.zeros((rows, capacity), dtype=bool)
         self._any_hidden = False
-        # The slot after the last one written, per row: what is written there is overwritten before it is ever seen.
-        self.free = np.zeros(rows, dtype=np.int64)
         # What decoding adds to the scores of a row's slots: MASKED for hidden ones and those before `_first`.
         self._bias = np.zeros((rows, capacity), dtype=np.float32)
         self._first = [0] * rows
@@ -63,13 +61,7 @@ class OnnxCache:
         self.mark(where)
 
     def mark(self, where: Placement) -> None:
-        """Note where these tokens are and which of them are hidden."""
-        if len(where) == 1:
-            row, slot = int(where.rows[0]), int(where.slots[0])
-            self.free[row] = max(slot + 1, self.free[row]) if slot else 1
-        else:
-            self.free[where.rows[where.slots == 0]] = 0  # the row begins anew
-            np.maximum.at(self.free, where.rows, where.slots + 1)
+        """Note which of these tokens are hidden."""
         if where.hidden is None and not self._any_hidden:
             return
         for n, (row, slot) in enumerate(zip(where.rows.tolist(), where.slots.tolist(), strict=True)):
@@ -88,7 +80,6 @@ class OnnxCache:
         self.hidden[row, :count] = self.hidden[row, start:stop]
         self.hidden[row, count:] = False
         self._first[row] = 0
-        self.free[row] = count
         self._bias[row] = np.where(self.hidden[row], MASKED, 0.0)
 
     def hide(self, row: int, slots: np.ndarray) -> None:
@@ -229,7 +220,7 @@ class OnnxBackend:
             return _decode(graph, values, cache, where)
         if (where.rows == where.rows[0]).all():
             return _prefill(graph, values, cache, where)
-        parts = _parts(where.rows, cache)
+        parts = _parts(where.rows)
         results = []
         for index in parts:
             chosen, placed = _take(graph.signature, values, index), where.take(index)
@@ -251,18 +242,12 @@ class OnnxBackend:
         return np.concatenate(list(arrays))
 
 
-def _parts(rows: np.ndarray, cache: OnnxCache) -> list[np.ndarray]:
+def _parts(rows: np.ndarray) -> list[np.ndarray]:
     """The tokens in groups one call can take: several tokens of one row, or one token in each of some near rows."""
     present, counts = np.unique(rows, return_counts=True)
     parts = [np.flatnonzero(rows == row) for row in present[counts > 1]]
     alone = present[counts == 1]
-    full = cache.free >= cache.capacity
-    cuts = [
-        n + 1
-        for n, (row, after) in enumerate(zip(alone[:-1].tolist(), alone[1:].tolist(), strict=True))
-        if after - row > 1 + _BRIDGED_ROWS or full[row + 1 : after].any()
-    ]
-    for group in np.split(alone, cuts):
+    for group in np.split(alone, np.flatnonzero(np.diff(alone) > 1 + _BRIDGED_ROWS) + 1):
         if len(group):
             index = np.flatnonzero(np.isin(rows, group))
             parts.append(index[np.argsort(rows[index])])
@@ -279,27 +264,33 @@ def _decode(graph: _Graph, values: Sequence[Array], cache: OnnxCache, where: Pla
         step = cache.steps[key] = _Step(graph, cache, row, count)
     live: np.ndarray | slice = slice(None)
     slots, first = where.slots, where.first
+    idle = np.setdiff1d(np.arange(row, row + count), where.rows) if count > len(where) else None
     if count == 1:
         bias = cache.bias(row, int(first[0]))
     else:
-        if count > len(where):
+        if idle is not None:
             live = where.rows - row
-            slots = cache.free[row : row + count].copy()
+            slots = np.zeros(count, dtype=np.int64)  # the others write and read their first slot alone
             slots[live] = where.slots
         bias = np.zeros((count, int(slots.max()) + 1), dtype=np.float32)
         for here, start in zip(where.rows.tolist(), first.tolist(), strict=True):
             bias[here - row] = cache.bias(here, start)[: bias.shape[1]]
-    if where.hidden is None or not where.hidden.any():
-        return step.run(values, live, slots, bias, None)
-    # A token that is hidden from itself may see nothing; a softmax over nothing is NaN, so it looks at itself then.
-    bias = np.atleast_2d(bias)[:, : int(slots.max()) + 1].copy()
-    sighted = np.ones(len(where), dtype=np.float32)
-    for n, (here, start, slot) in enumerate(
-        zip(where.rows.tolist(), first.tolist(), where.slots.tolist(), strict=True)
-    ):
-        if (bias[here - row, start : slot + 1] < 0).all():
-            sighted[n], bias[here - row, slot] = 0.0, 0.0
-    return step.run(values, live, slots, bias, sighted)
+    sighted = None
+    if where.hidden is not None and where.hidden.any():
+        # A token hidden from itself may see nothing; a softmax over nothing is NaN, so it looks at itself then.
+        bias = np.atleast_2d(bias)[:, : int(slots.max()) + 1].copy()
+        sighted = np.ones(len(where), dtype=np.float32)
+        for n, (here, start, slot) in enumerate(
+            zip(where.rows.tolist(), first.tolist(), where.slots.tolist(), strict=True)
+        ):
+            if (bias[here - row, start : slot + 1] < 0).all():
+                sighted[n], bias[here - row, slot] = 0.0, 0.0
+    if idle is None:
+        return step.run(values, live, slots, bias, sighted)
+    kept = cache.k[idle, :, 0], cache.v[idle, :, 0]  # copies
+    results = step.run(values, live, slots, bias, sighted)
+    cache.k[idle, :, 0], cache.v[idle, :, 0] = kept
+    return results
 
 
 def _prefill(graph: _Graph, values: Sequence[Array], cache: OnnxCache, where: Placement) -> tuple[np.ndarray, ...]:
