@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def write_prepared(folder: Path, tokens: int = 20_000) -> Path:
 
 def tiny_recipe(data: Path, architecture: str = "act", stage: str = "pretrain", *overrides: str) -> Recipe:
     """A recipe over `write_prepared` data; ``overrides`` as with --set."""
-    path = data / f"{architecture}-{stage}.toml"
+    path = data / f"{architecture}-{stage}-{os.getpid()}.toml"  # the processes of a distributed test each write theirs
     init = "" if stage == "pretrain" else 'init = "missing"\n'
     path.write_text(
         f'name = "tiny"\nstage = "{stage}"\n[model]\n{MODELS[architecture]}{SIZES}\n'
