@@ -65,6 +65,7 @@ def joined(device: str, timeout_s: float = 1800.0) -> Iterator[World]:
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     try:
         yield World(dist.get_rank(), dist.get_world_size(), own)
+        dist.barrier()  # leave together: a process whose peer is gone can abort while it takes its group down
     finally:
         dist.destroy_process_group()
 
