@@ -52,7 +52,7 @@ DESIGNS = {
 }
 NOTE = (
     "Held-out documents were split off before training. From the second pretraining run on, documents that share 13 "
-    "words in a row with the evaluation sets were left out (32 of 143,370); the first run had not searched for them."
+    "words in a row with the evaluation sets were left out; the first run had not searched for them."
 )
 
 
