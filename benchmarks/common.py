@@ -150,16 +150,18 @@ def random_module(config: ModelConfig, seed: int = 0) -> Any:
 def backends_of(
     module: nn.Module, config: ModelConfig, folder: Path, wanted: Sequence[str], threads: int
 ) -> dict[str, Model]:
-    """One PyTorch module on the engine's backends; ``wanted``: of torch, onnx (fp32 and int8), what is there of it."""
+    """One PyTorch module on the engine's backends; ``wanted``: of torch, compiled, onnx (fp32, int8), what there is."""
     parameters = sum(p.numel() for p in module.parameters())
     models = {}
-    if "torch" in wanted:
-        import torch
+    for label, compiled in (("torch", False), ("compiled", True)):
+        if label in wanted:
+            import torch
 
-        from rlm_engine.backends.torch import TorchBackend
+            from rlm_engine.backends.torch import TorchBackend
 
-        pieces: Any = module.pieces()  # type: ignore[operator]
-        models["torch fp32"] = Model("random", config, TorchBackend(pieces, torch.float32), None, parameters)
+            pieces: Any = module.pieces()  # type: ignore[operator]
+            opened = TorchBackend(pieces, torch.float32, compiled=compiled)
+            models[f"{label} fp32"] = Model("random", config, opened, None, parameters)
     if "onnx" in wanted:
         tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
         for kind in ("fp32", "int8"):

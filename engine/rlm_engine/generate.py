@@ -300,13 +300,16 @@ def describe_model(directory: Path) -> dict[str, Any]:
     }
 
 
-def load_model(name: str = "chat", backend: str = "auto", device: str = "auto", dtype: str = "auto") -> Model:
+def load_model(
+    name: str = "chat", backend: str = "auto", device: str = "auto", dtype: str = "auto", compiled: bool = False
+) -> Model:
     """Load a bundled model by name, or a model directory (our layout or a published one).
 
     ``backend``: "auto", "onnx" or "torch"; ``device``: "auto", "cpu", "cuda", and with ONNX Runtime "directml" or
-    "coreml"; ``dtype``: "auto", "float32" or "bfloat16", for PyTorch; see `backends.choose`. Raises ModelError when the
-    model cannot be loaded, UsageError for an unknown backend, device or dtype.
+    "coreml"; ``dtype``: "auto", "float32" or "bfloat16", for PyTorch; ``compiled``: PyTorch's pieces go through
+    torch.compile when they first run (seconds to a minute); see `backends.choose`. Raises ModelError when the model
+    cannot be loaded, UsageError for an unknown backend, device or dtype.
     """
     directory = find_model(name)
-    config, opened, parameters = open_backend(directory, backend, device, dtype)
+    config, opened, parameters = open_backend(directory, backend, device, dtype, compiled)
     return Model(directory.name, config, opened, load_tokenizer(config, directory), parameters)

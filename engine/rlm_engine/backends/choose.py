@@ -21,14 +21,14 @@ _EXPORT = Path("onnx", "manifest.json")
 
 
 def open_backend(
-    directory: Path, backend: str = "auto", device: str = "auto", dtype: str = "auto"
+    directory: Path, backend: str = "auto", device: str = "auto", dtype: str = "auto", compiled: bool = False
 ) -> tuple[ModelConfig, Backend, int]:
     """A model directory's configuration, the backend that runs it, and how many parameters it has.
 
     "auto" is ONNX Runtime where the directory holds an export and onnxruntime is installed, else PyTorch; a GPU asked
     for by name means PyTorch as well. PyTorch on device "auto" takes a CUDA GPU when there is one.
     ``dtype`` is PyTorch's: "auto" computes in float32 on the CPU and in bfloat16 on a GPU; an ONNX export has the
-    precision it was written in.
+    precision it was written in. ``compiled``: PyTorch's pieces are compiled, see `TorchBackend`.
     Raises UsageError for a backend, device or dtype that does not exist, ModelError when the model cannot be loaded.
     """
     if backend not in BACKENDS:
@@ -39,9 +39,11 @@ def open_backend(
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if backend == "auto":
         ready = (directory / _EXPORT).is_file() and importlib.util.find_spec("onnxruntime") is not None
-        backend = "onnx" if ready and device != "cuda" and dtype == "auto" else "torch"
+        backend = "onnx" if ready and device != "cuda" and dtype == "auto" and not compiled else "torch"
     if backend == "torch":
-        return _open_torch(directory, device, dtype)
+        return _open_torch(directory, device, dtype, compiled)
+    if compiled:
+        raise UsageError("compiled is for backend 'torch'; ONNX Runtime optimises its graphs itself")
     if dtype != "auto":
         raise UsageError("dtype is for backend 'torch'; an ONNX export has the precision it was written in")
     return _open_onnx(directory, device)
@@ -70,7 +72,7 @@ def _open_onnx(directory: Path, device: str) -> tuple[ModelConfig, Backend, int]
     return config, opened, read_manifest(directory, config).parameters
 
 
-def _open_torch(directory: Path, device: str, dtype: str) -> tuple[ModelConfig, Backend, int]:
+def _open_torch(directory: Path, device: str, dtype: str, compiled: bool) -> tuple[ModelConfig, Backend, int]:
     if device not in ("auto", "cpu", "cuda"):
         raise ModelError(f"device {device!r} needs ONNX Runtime: export the model (rlm-chat export onnx) first")
     if (directory / _EXPORT).is_file() and not (directory / "model.safetensors").exists():
@@ -97,4 +99,4 @@ def _open_torch(directory: Path, device: str, dtype: str) -> tuple[ModelConfig, 
     module = module_from(config, tensors).to(target, number)
     parameters = sum(p.numel() for p in module.parameters())
     pieces: Any = module.pieces()
-    return config, TorchBackend(pieces, number, target), parameters
+    return config, TorchBackend(pieces, number, target, compiled), parameters

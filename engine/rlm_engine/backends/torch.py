@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -91,13 +92,39 @@ class TorchCache:
         return out
 
 
+@functools.cache
+def _outside_graphs() -> Callable[[Attend], Attend]:
+    """Wraps attention over a cache so that a compiled piece calls it between two graphs.
+
+    Instances of one class: the compiler guards on what it is handed, and would compile anew for every new function.
+    Made when first asked for, because marking it imports the compiler (about 2 s).
+    """
+
+    class OutsideGraphs:
+        def __init__(self, attend: Attend):
+            self._attend = attend
+
+        @torch.compiler.disable
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._attend(q, k, v)
+
+    return OutsideGraphs
+
+
 class TorchBackend:
-    """Runs the pieces of one PyTorch model (`model.pieces()`), without gradients."""
+    """Runs the pieces of one PyTorch model (`model.pieces()`), without gradients.
+
+    ``compiled``: compile each piece with torch.compile when it first runs (tens of seconds in all), sizes left open.
+    What surrounds the attention is compiled; the attention itself, which reads and writes caches in place, is not.
+    """
 
     name = "torch"
 
-    def __init__(self, pieces: dict[str, Piece], dtype: torch.dtype, device: torch.device | str = "cpu"):
-        self._pieces = pieces
+    def __init__(
+        self, pieces: dict[str, Piece], dtype: torch.dtype, device: torch.device | str = "cpu", compiled: bool = False
+    ):
+        self._pieces = {n: torch.compile(p, dynamic=True) for n, p in pieces.items()} if compiled else pieces
+        self._wrap = _outside_graphs() if compiled else None
         self.dtype = dtype
         self.device = torch.device(device)
 
@@ -108,7 +135,10 @@ class TorchBackend:
     @torch.no_grad()
     def attend(self, piece: str, x: Array, cache: Cache, where: Placement, *inputs: Array) -> tuple[Array, ...]:
         assert isinstance(cache, TorchCache)
-        return self._pieces[piece](self._convert(x), cache.attend(where), *(self._convert(i) for i in inputs))
+        attention = cache.attend(where)
+        if self._wrap is not None:
+            attention = self._wrap(attention)
+        return self._pieces[piece](self._convert(x), attention, *(self._convert(i) for i in inputs))
 
     def new_cache(self, rows: int, heads: int, capacity: int, head_dim: int) -> TorchCache:
         return TorchCache(rows, heads, capacity, head_dim, self.dtype, self.device)
