@@ -140,6 +140,7 @@ def test_score_reports_perplexity(model: str, tmp_path: Path, capsys: pytest.Cap
         (("chat", "hi", "--draft-depth", "3", "--max-depth", "3"), 2, "below the full depth, here 3; got 3"),
         (("chat", "--draft-depth", "99"), 2, "--draft-depth must be"),
         (("--backend", "onnx", "bench"), 2, "--backend is not an option of this command"),
+        (("chat", "hi", "--batch", "2"), 2, "--batch is for the lines of --input"),
         (("--max-tokens", "3", "models"), 2, "--max-tokens is not an option"),
         (("--greedy", "score", "x.txt"), 2, "--greedy is not an option"),
         (("score", "x.txt", "--seed", "1"), 2, "unrecognized arguments: --seed"),

@@ -71,6 +71,8 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
     for name in (*MODEL_OPTIONS, *SAMPLING_OPTIONS, *DEPTH_OPTIONS):
         if hasattr(options, name) and name not in options.takes:
             raise UsageError(f"--{name.replace('_', '-')} is not an option of this command; see its --help")
+    if getattr(options, "batch", None) is not None and options.input is None:
+        raise UsageError("--batch is for the lines of --input; leave it out for a single prompt")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"rlm-chat {__version__}")
-    parser.set_defaults(run=_tui, takes=tuple(name for name in everything if name != "dtype"))
+    parser.set_defaults(run=_tui, takes=everything)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     chat = commands.add_parser("chat", parents=[common], help="one reply to a prompt, or a plain conversation")
@@ -145,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_generation_options(command: argparse.ArgumentParser, lines: str) -> None:
     command.add_argument("--input", type=Path, metavar="FILE", help=f"answer every line of a JSON Lines file: {lines}")
-    command.add_argument(
-        "--batch", type=int, default=8, metavar="N", help="lines of --input answered at a time (default 8)"
-    )
+    command.add_argument("--batch", type=int, metavar="N", help="lines of --input answered at a time (default 8)")
     command.add_argument(
         "--window",
         choices=("exact", "block"),
@@ -184,7 +184,7 @@ def _model_options(backend: bool = True) -> argparse.ArgumentParser:
         model.add_argument(
             "--dtype",
             choices=("auto", "float32", "bfloat16"),
-            help="of PyTorch in chat, complete and score (auto: float32, on a GPU bfloat16)",
+            help="what PyTorch computes in (auto: float32, on a GPU bfloat16)",
         )
     model.add_argument("--device", choices=("auto", "cpu", "cuda", "directml", "coreml"), help="where (default auto)")
     return options
@@ -229,13 +229,12 @@ def _tui(options: argparse.Namespace) -> int:
         raise UsageError("--json belongs to chat, complete, score and models")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("the chat screen needs a terminal; use `rlm-chat chat` or `rlm-chat complete` in a pipe")
-    from rlm_chat.oneshot import depth_fields, sampling_fields
+    from rlm_chat.oneshot import depth_fields, engine_fields, sampling_fields
     from rlm_chat.tui import run_tui
 
     return run_tui(
         getattr(options, "model", None),
         sampling_fields(options),
         depth_fields(options),
-        getattr(options, "backend", None),
-        getattr(options, "device", None),
+        engine_fields(options),
     )

@@ -96,8 +96,11 @@ class Summary:
 class Engine(Protocol):
     """What the application needs of an engine; `EngineClient` is the real one, tests script their own."""
 
-    async def load(self, model: str, backend: str = "auto", device: str = "auto") -> ModelInfo:
-        """Load a model, starting the worker when there is none; ClientError when that fails."""
+    async def load(self, model: str, **options: str) -> ModelInfo:
+        """Load a model, starting the worker when there is none; ClientError when that fails.
+
+        ``options``: backend, device and dtype of `rlm_engine.load_model`.
+        """
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], sampling: Mapping[str, Any], depth: Mapping[str, Any]
@@ -175,11 +178,11 @@ class EngineClient:
             asyncio.create_task(self._read_stderr(self._process)),
         ]
 
-    async def load(self, model: str, backend: str = "auto", device: str = "auto") -> ModelInfo:
+    async def load(self, model: str, **options: str) -> ModelInfo:
         """See `Engine.load`."""
         async with self._loading:
             await self.start()
-            await self._send({"type": "load", "model": model, "backend": backend, "device": device})
+            await self._send({"type": "load", "model": model, **options})
             while True:
                 event = await self._next_event()
                 if event["type"] == "ready":

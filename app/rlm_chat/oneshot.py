@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlm_chat.cli import SAMPLING_OPTIONS
+from rlm_chat.settings import ENGINE_OPTIONS
 from rlm_engine.errors import InputError
 from rlm_engine.sanitize import PrintableFilter, printable
 
@@ -37,6 +38,11 @@ def depth_fields(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Depth` that were given on the command line."""
     names = {"max_depth": "max_steps", "halt_threshold": "halt_threshold"}
     return {field: getattr(options, name) for name, field in names.items() if hasattr(options, name)}
+
+
+def engine_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Backend, device and dtype as far as they were given on the command line."""
+    return {name: getattr(options, name) for name in ENGINE_OPTIONS if hasattr(options, name)}
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -184,8 +190,9 @@ def _answer_file(
     """
     from rlm_engine import Sampling, UsageError
 
-    if options.batch < 1:
-        raise UsageError(f"--batch must be at least 1, got {options.batch}")
+    rows = 8 if options.batch is None else options.batch
+    if rows < 1:
+        raise UsageError(f"--batch must be at least 1, got {rows}")
     if given is not None:
         raise UsageError("give either a prompt or --input, not both")
     if options.draft_depth is not None:
@@ -209,7 +216,7 @@ def _answer_file(
             yield prompt
 
     try:
-        completions = model.generate_many(prompts(), sampling, depth, rows=options.batch)
+        completions = model.generate_many(prompts(), sampling, depth, rows=rows)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     finished: dict[int, Any] = {}
@@ -331,8 +338,7 @@ def _stream(generation: Generation, options: argparse.Namespace, said: list[str]
 def _load(options: argparse.Namespace, default: str) -> Model:
     from rlm_engine import load_model
 
-    chosen = {key: getattr(options, key) for key in ("backend", "device", "dtype") if hasattr(options, key)}
-    model = load_model(getattr(options, "model", default), **chosen)
+    model = load_model(getattr(options, "model", default), **engine_fields(options))
     model.window = getattr(options, "window", "exact")
     return model
 

@@ -65,14 +65,13 @@ class Session:
         *,
         sampling: Mapping[str, Any] | None = None,
         depth: Mapping[str, Any] | None = None,
-        backend: str = "auto",
-        device: str = "auto",
+        engine_options: Mapping[str, str] | None = None,
     ):
         self.engine = engine
         self.models = dict(models)
         self.sampling = dict(sampling or {})
         self.depth = dict(depth or {})
-        self.backend, self.device = backend, device
+        self.engine_options = dict(engine_options or {})
         self.mode = Mode.CHAT
         self.state = State.LOADING
         self.turns: dict[Mode, list[Turn]] = {Mode.CHAT: [], Mode.CONTINUE: []}
@@ -111,7 +110,7 @@ class Session:
             return True
         self._now(State.LOADING)
         try:
-            self.model = await self.engine.load(wanted, self.backend, self.device)
+            self.model = await self.engine.load(wanted, **self.engine_options)
         except ClientError as problem:
             self.model, self.problem = None, problem
             self._now(State.FAILED)

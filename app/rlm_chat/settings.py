@@ -13,6 +13,7 @@ from rlm_chat import locations
 
 DEPTH_VIEWS = ("ink", "heat", "plain")
 SEND_KEYS = ("enter", "ctrl+j")
+ENGINE_OPTIONS = ("backend", "device", "dtype")  # entries of [model] that are passed to the engine as they are
 
 
 class SettingsError(ValueError):
@@ -31,9 +32,12 @@ class ModelSettings:
     """auto, onnx or torch."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """What PyTorch computes in: auto (float32, on a GPU bfloat16), float32 or bfloat16."""
 
     def __post_init__(self) -> None:
         _one_of("model.backend", self.backend, ("auto", "onnx", "torch"))
+        _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 ``python -m rlm_engine.worker`` runs it. Every message is one JSON object on one line with a ``type``; ASCII only.
 
 Requests
-    ``{"type": "load", "model": NAME_OR_DIRECTORY, "backend": "auto", "device": "auto"}``
+    ``{"type": "load", "model": NAME_OR_DIRECTORY, "backend": "auto", "device": "auto", "dtype": "auto"}``
         Load a model; the one held before is freed first. Answered by ``loading``, then ``ready`` or ``error``.
     ``{"type": "chat", "id": N, "messages": [{"role", "content"}, ...], "sampling": {...}, "depth": {...}}``
         Write the assistant's next turn. ``sampling`` and ``depth`` hold fields of `Sampling` and `Depth`; an
@@ -57,8 +57,9 @@ from typing import Any, BinaryIO
 
 from rlm_engine.errors import EngineError, InputError, UsageError
 
-Loader = Callable[[str, str, str], Any]  # (model, backend, device) -> Model
+Loader = Callable[..., Any]  # (model, backend=, device=, dtype=) -> Model
 
+_LOADING = ("backend", "device", "dtype")
 BATCH_S = 0.02
 BATCH_TOKENS = 64
 ALTERNATIVES = 5
@@ -67,7 +68,8 @@ ALTERNATIVES = 5
 def serve(load: Loader, requests: Iterable[bytes], events: BinaryIO) -> int:
     """Answer ``requests`` (lines) on ``events`` until shutdown or the end of the input; returns an exit code.
 
-    ``load(model, backend, device)`` returns a model or raises. Generation runs in a daemon thread that is not waited
+    ``load(model, backend=, device=, dtype=)`` returns a model or raises; what a request leaves out is not passed.
+    Generation runs in a daemon thread that is not waited
     for at the end: whoever asked is gone.
     """
     outbox = _Outbox(events)
@@ -180,7 +182,7 @@ class _Runner:
         self._model = None  # two models at once would double the memory
         gc.collect()
         started = time.perf_counter()
-        model = self._load_model(name, str(request.get("backend", "auto")), str(request.get("device", "auto")))
+        model = self._load_model(name, **{option: str(request[option]) for option in _LOADING if option in request})
         self._model = model
         self._outbox.put(
             {
@@ -283,10 +285,10 @@ def _error(generation: int | None, request: str, problem: BaseException) -> dict
     }
 
 
-def _load(model: str, backend: str, device: str) -> Any:
+def _load(model: str, **options: str) -> Any:
     from rlm_engine import load_model
 
-    loaded = load_model(model, backend=backend, device=device)
+    loaded = load_model(model, **options)  # type: ignore[arg-type]
     # Somebody is watching: past the window of a published design, reading it all again for every token is too slow.
     loaded.window = "block"
     return loaded

@@ -27,13 +27,15 @@ class FakeEngine:
         self.loading = asyncio.Event()
         self.loading.set()
         self.loads: list[str] = []
+        self.options: dict[str, str] = {}
         self.prompts: list[Prompt] = []
         self.depths: list[dict[str, Any]] = []
         self.cancelled = self.closed = False
 
-    async def load(self, model: str, backend: str = "auto", device: str = "auto") -> ModelInfo:
+    async def load(self, model: str, **options: str) -> ModelInfo:
         await self.loading.wait()
         self.loads.append(model)
+        self.options = options
         if model == self.broken:
             raise ClientError(f"{model}: neither a bundled model (chat) nor a model directory", 3)
         chats = self.can_chat and model != "base"

@@ -114,7 +114,7 @@ class ScriptedModel:
         return Stream(text, pause_s, depth, prompt, 3 if "crash" in words else None)
 
 
-def load(model: str, backend: str, device: str) -> ScriptedModel:
+def load(model: str, **options: str) -> ScriptedModel:
     print("a native library says hello on standard output")
     os.write(1, b"and writes to the file descriptor, too\n")
     if model == "missing":

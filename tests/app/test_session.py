@@ -19,6 +19,13 @@ async def ready(engine: FakeEngine) -> Session:
     return session
 
 
+async def test_what_was_chosen_for_the_engine_reaches_it() -> None:
+    engine = FakeEngine("Fine.")
+    session = Session(engine, MODELS, engine_options={"backend": "torch", "dtype": "bfloat16"})
+    assert await session.load()
+    assert engine.options == {"backend": "torch", "dtype": "bfloat16"}
+
+
 async def test_turns_are_sent_with_what_was_said_before() -> None:
     engine = FakeEngine("Fine.")
     session = await ready(engine)

@@ -22,7 +22,7 @@ def test_every_value_can_be_set(tmp_path: Path) -> None:
     path = tmp_path / "settings.toml"
     path.write_text(
         'theme = "rlm-light"\nsend_key = "ctrl+j"\ndepth_view = "heat"\n'
-        '[model]\nchat = "/models/mine"\nbackend = "torch"\n'
+        '[model]\nchat = "/models/mine"\nbackend = "torch"\ndtype = "bfloat16"\n'
         "[sampling]\ntemperature = 1\nseed = 7\ngreedy = true\n[depth]\nmax_steps = 4\n",
         encoding="utf-8",
     )
@@ -30,6 +30,7 @@ def test_every_value_can_be_set(tmp_path: Path) -> None:
     assert notice is None
     assert (found.theme, found.send_key, found.depth_view) == ("rlm-light", "ctrl+j", "heat")
     assert (found.model.chat, found.model.base, found.model.backend) == ("/models/mine", "base", "torch")
+    assert (found.model.device, found.model.dtype) == ("auto", "bfloat16")
     assert (found.sampling.temperature, found.sampling.seed, found.sampling.greedy) == (1.0, 7, True)
     assert isinstance(found.sampling.temperature, float)
     assert found.depth.max_steps == 4

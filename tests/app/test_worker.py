@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
@@ -94,6 +96,22 @@ def test_load_is_announced_and_describes_the_model(worker: Conversation) -> None
         "backend": "onnx",
         "can_chat": True,
     }
+
+
+def test_a_loader_is_told_what_the_request_says() -> None:
+    told: queue.Queue[tuple[str, dict[str, str]]] = queue.Queue()
+
+    def loader(model: str, **options: str) -> ScriptedModel:
+        told.put((model, options))
+        return ScriptedModel(model)
+
+    def requests() -> Iterator[bytes]:
+        yield b'{"type": "load", "model": "base"}\n'
+        assert told.get(timeout=60) == ("base", {})
+        yield b'{"type": "load", "model": "chat", "backend": "torch", "device": "cpu", "dtype": "bfloat16"}\n'
+        assert told.get(timeout=60) == ("chat", {"backend": "torch", "device": "cpu", "dtype": "bfloat16"})
+
+    assert serve(loader, requests(), io.BytesIO()) == 0
 
 
 def test_chat_sends_every_token_once_and_in_order_then_a_summary(worker: Conversation) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from rlm_chat import locations
 from rlm_chat.engine_client import ClientError, EngineClient
 from rlm_chat.session import Mode, Session
-from rlm_chat.settings import Settings, load_settings
+from rlm_chat.settings import ENGINE_OPTIONS, Settings, load_settings
 
 _LOG_BYTES = 256_000
 
@@ -25,18 +25,18 @@ def run_tui(
     model: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     depth: Mapping[str, Any] | None = None,
-    backend: str | None = None,
-    device: str | None = None,
+    engine: Mapping[str, str] | None = None,
 ) -> int:
     """Run the application until the person quits; returns an exit code.
 
     ``model``: a name or directory for both modes; None means the models of the settings. ``sampling`` and ``depth``:
     fields of `rlm_engine.Sampling` and `rlm_engine.Depth` that were given on the command line; they win over the
-    settings. Exit code 3 when no model could be loaded, 128 + n when signal n ended it.
+    settings, as do the fields of ``engine``: backend, device, dtype. Exit code 3 when no model could be loaded,
+    128 + n when signal n ended it.
     """
     settings, notice = load_settings()
     _log_to_file()
-    return asyncio.run(_run(settings, notice, model, sampling or {}, depth or {}, backend, device))
+    return asyncio.run(_run(settings, notice, model, sampling or {}, depth or {}, engine or {}))
 
 
 async def _run(
@@ -45,8 +45,7 @@ async def _run(
     model: str | None,
     sampling: Mapping[str, Any],
     depth: Mapping[str, Any],
-    backend: str | None,
-    device: str | None,
+    chosen: Mapping[str, str],
 ) -> int:
     async with EngineClient() as engine:
         # First of all, so that the worker's imports run beside Textual's.
@@ -57,8 +56,7 @@ async def _run(
             {Mode.CHAT: model or settings.model.chat, Mode.CONTINUE: model or settings.model.base},
             sampling=vars(settings.sampling) | dict(sampling),
             depth=vars(settings.depth) | {k: v for k, v in depth.items() if v is not None},
-            backend=backend or settings.model.backend,
-            device=device or settings.model.device,
+            engine_options={name: getattr(settings.model, name) for name in ENGINE_OPTIONS} | dict(chosen),
         )
         if os.environ.get("NO_COLOR") == "":
             del os.environ["NO_COLOR"]  # no-color.org: only a non-empty value counts; Textual counts both
