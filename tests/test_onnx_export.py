@@ -30,7 +30,7 @@ from rlm_engine.errors import ModelError, UsageError
 from rlm_engine.export import onnx as onnx_export
 from rlm_engine.export.external import external_tensors
 from rlm_engine.export.manifest import check_files, read_manifest
-from rlm_engine.export.onnx import export_onnx
+from rlm_engine.export.onnx import export_onnx, share_tables
 from rlm_engine.generate import describe_model
 
 GREEDY = Sampling(greedy=True, max_tokens=6)
@@ -102,6 +102,38 @@ def test_a_directory_needs_no_weights_beside_its_export(exported: Path, tmp_path
     shutil.rmtree(target / "onnx")
     with pytest.raises(ModelError, match="no ONNX export"):
         load_model(str(target), backend="onnx")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_two_models_share_their_tables(copy: Path, precision: str) -> None:
+    tuned, config = copy.parent / "tuned", model_of("act").config
+    tensors = {n: torch.from_numpy(t) for n, t in tensors_of(model_of("act")).items()}
+    write_model_directory(tuned, config, tensors | {"block.inject": tensors["block.inject"] + 0.3})
+    for directory in (copy, tuned):
+        export_onnx(directory, precision=precision)
+    expected, theirs = (load_model(str(d), backend="onnx").logits(PROMPT) for d in (tuned, copy))
+    share_tables(tuned, "tiny")
+    assert not (tuned / "onnx" / "tables.bin").exists() and read_manifest(tuned, config).shared_with == "tiny"
+    np.testing.assert_array_equal(load_model(str(tuned), backend="onnx").logits(PROMPT), expected)
+    assert np.abs(theirs - expected).max() > 1e-3
+    share_tables(tuned, "tiny")  # once more changes nothing
+    with pytest.raises(ModelError, match="not the same"):
+        share_tables(copy, "tuned")  # whose tables are not its own
+    (copy / "onnx" / "tables.bin").write_bytes(b"\0" * (copy / "onnx" / "tables.bin").stat().st_size)
+    with pytest.raises(ModelError, match=r"tiny/onnx/tables\.bin: its SHA-256"):
+        load_model(str(tuned), backend="onnx")
+
+
+def test_other_tables_are_not_shared(copy: Path) -> None:
+    tuned = copy.parent / "tuned"
+    tensors = {n: torch.from_numpy(t) for n, t in tensors_of(model_of("act")).items()}
+    write_model_directory(
+        tuned, model_of("act").config, tensors | {"embedding.weight": tensors["embedding.weight"] * 2}
+    )
+    export_onnx(tuned)
+    with pytest.raises(ModelError, match="nothing was deleted"):
+        share_tables(tuned, "tiny")
+    assert load_model(str(tuned)).backend_name == "onnx"
 
 
 def test_new_weights_put_an_old_export_out_of_use(copy: Path) -> None:
@@ -210,6 +242,7 @@ def hidden_in_a_subgraph(model: onnx.ModelProto) -> None:
         (lambda m: external_location(m, "/etc/passwd"), "wants to read '/etc/passwd'"),
         (lambda m: external_location(m, "../model.safetensors"), r"wants to read '../model.safetensors'"),
         (lambda m: external_location(m, "./weights.bin"), "wants to read './weights.bin'"),
+        (lambda m: external_location(m, "tables.bin"), "wants to read 'tables.bin'"),
         (lambda m: external_number(m, "offset", str(1 << 40)), "beyond the end"),
         (lambda m: external_number(m, "length", "-8"), "beyond the end"),
         (lambda m: external_number(m, "offset", "zero"), "not an ONNX graph"),
@@ -230,7 +263,7 @@ def test_hostile_graphs_are_refused_in_one_line(copy: Path, change: Callable[...
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format=2), "not format 1"),
+        (lambda d: d.update(format=1), "not format 2"),
         (lambda d: d.update(extra=1), "unknown key 'extra'"),
         (lambda d: d.pop("precision"), "'precision' is missing"),
         (lambda d: d.update(precision="int3"), "unknown precision"),
@@ -244,6 +277,9 @@ def test_hostile_graphs_are_refused_in_one_line(copy: Path, change: Callable[...
         (lambda d: d["files"]["head.onnx"].update(sha256="0" * 64), "SHA-256"),
         (lambda d: d["settings"].update(norm_eps=1e-5), "norm_eps"),
         (lambda d: d["settings"].pop("ffn"), "ffn"),
+        (lambda d: d.update(shared_with="../elsewhere"), "name of a sibling"),
+        (lambda d: d.update(shared_with=["base"]), "name of a sibling"),
+        (lambda d: d.update(shared_with="nobody"), "No such file"),
     ],
 )
 def test_hostile_manifests_are_refused_in_one_line(copy: Path, change: Callable[..., Any], message: str) -> None:
@@ -269,7 +305,7 @@ def test_a_changed_configuration_is_noticed_where_the_graphs_depend_on_it(copy: 
         load_model(str(copy))
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "step.onnx", "manifest.json"])
+@pytest.mark.parametrize("name", ["weights.bin", "tables.bin", "step.onnx", "manifest.json"])
 def test_damaged_missing_and_linked_files(copy: Path, tmp_path: Path, name: str) -> None:
     path = copy / "onnx" / name
     original = path.read_bytes()

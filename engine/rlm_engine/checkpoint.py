@@ -214,11 +214,16 @@ def _open(directory: Path, data: dict[str, Any]) -> tuple[ModelConfig, dict[str,
     config = config_from_dict(data, str(directory / "config.json"))
     files = dict.fromkeys(weights.shapes, weights)
     if shared is not None:
-        if not isinstance(shared, str) or Path(shared).name != shared or shared in ("", ".", ".."):
-            raise ModelError(f"{directory / 'config.json'}: shared_with must be the name of a sibling directory")
-        sibling = TensorFile(directory.parent / shared / "model.safetensors")
+        sibling = TensorFile(sibling_directory(directory, shared, "config.json") / "model.safetensors")
         files = dict.fromkeys(sibling.shapes, sibling) | files
     return config, files
+
+
+def sibling_directory(directory: Path, name: Any, said_by: str) -> Path:
+    """The directory beside a model's that holds what both share. Raises ModelError for anything but a plain name."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise ModelError(f"{directory / said_by}: shared_with must be the name of a sibling directory")
+    return directory.parent / name
 
 
 def _compare(files: Mapping[str, TensorFile], expected: dict[str, tuple[int, ...]], directory: Path) -> None:

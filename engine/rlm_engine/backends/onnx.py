@@ -13,7 +13,7 @@ import onnxruntime as ort
 from rlm_engine.config import ModelConfig
 from rlm_engine.decoding.interface import Array, Cache, Placement
 from rlm_engine.errors import ModelError
-from rlm_engine.export.manifest import FOLDER, check_files, read_manifest
+from rlm_engine.export.manifest import FOLDER, check_files, read_manifest, weight_file
 from rlm_engine.export.signatures import F32, I32, I64, Port, Signature, cache_width, pieces, signatures
 from rlm_engine.machine import physical_cores
 
@@ -390,7 +390,8 @@ def open_onnx(directory: Path, config: ModelConfig, device: str = "cpu", threads
     for name, signature in contract.items():
         path = directory / FOLDER / f"{name}.onnx"
         wide = sizes[name] >= _SMALL_GRAPH_BYTES and name != "embed"
-        sessions[name] = _open_session(path, count if wide else 1, providers)
+        weights = manifest.folder(directory, weight_file(name))
+        sessions[name] = _open_session(path, weights, count if wide else 1, providers)
         _check_signature(path, sessions[name], signature)
     return OnnxBackend(config, sessions)
 
@@ -408,8 +409,10 @@ def _providers(device: str) -> list[str]:
     return [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
 
 
-def _open_session(path: Path, threads: int, providers: list[str]) -> ort.InferenceSession:
+def _open_session(path: Path, weights: Path, threads: int, providers: list[str]) -> ort.InferenceSession:
+    """``weights``: the folder of the file its weights are in."""
     options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # errors arrive as exceptions; lines on standard error would tear the screen
@@ -417,7 +420,7 @@ def _open_session(path: Path, threads: int, providers: list[str]) -> ort.Inferen
     # times slower with one session per piece, and worse beside other work. Sleeping costs 5 % at most.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        return ort.InferenceSession(path.read_bytes(), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common base but this one
         raise ModelError(f"{path}: ONNX Runtime refuses it: {_first_line(error)}") from None
 

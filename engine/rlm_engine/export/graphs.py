@@ -1,4 +1,4 @@
-"""Building ONNX graphs by hand: weights in one shared file, and the few operations all designs are made of."""
+"""Building ONNX graphs by hand: weights in shared files, and the few operations all designs are made of."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rlm_engine.config import ModelConfig
 from rlm_engine.errors import ModelError
 from rlm_engine.export.external import PICKED
+from rlm_engine.export.manifest import weight_file
 from rlm_engine.export.quantize import (
     RESIDUAL_LEVELS,
     Storage,
@@ -40,7 +41,7 @@ def stays_float(tensor: str) -> bool:
 
 
 class WeightFile:
-    """The one file of all graphs' matrices; the same bytes are stored once. Its SHA-256 is known when it is closed."""
+    """A file of several graphs' matrices; the same bytes are stored once. Its SHA-256 is known when it is closed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -71,12 +72,17 @@ class WeightFile:
 
 
 class Weights:
-    """A model's tensors as the graphs take them: checked, float32. ``storage``: how to quantize them, None: not."""
+    """A model's tensors as the graphs take them: checked, float32. ``storage``: how to quantize them, None: not.
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], file: WeightFile, storage: Storage | None = None):
+    ``files``: where they go, by the name that `weight_file` gives.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, np.ndarray], files: Mapping[str, WeightFile], storage: Storage | None = None
+    ):
         self._tensors = tensors
         self.storage = storage
-        self.file = file
+        self.files = files
         self.used: set[str] = set()
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -101,6 +107,7 @@ class GraphBuilder:
 
     def __init__(self, name: str, signature: Signature, weights: Weights):
         self.name, self.signature, self.weights = name, signature, weights
+        self._file = weights.files[weight_file(name)]
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._count = 0
@@ -196,15 +203,15 @@ class GraphBuilder:
         return self.op("MatMulNBits", x, data, steps, domain=CONTRIB, accuracy_level=_ACCURACY_LEVEL, **sizes)
 
     def _external(self, name: str, values: np.ndarray) -> str:
-        """A matrix, stored in the shared file."""
+        """A matrix, stored in the graph's weight file."""
         if name in self._initializers:
             return name
         values = np.ascontiguousarray(values)
         tensor = TensorProto(name=name, dims=values.shape, data_location=TensorProto.EXTERNAL)
         tensor.data_type = TensorProto.UINT8 if values.dtype == np.uint8 else TensorProto.FLOAT
         place = {
-            "location": self.weights.file.path.name,
-            "offset": self.weights.file.add(values),
+            "location": self._file.path.name,
+            "offset": self._file.add(values),
             "length": values.nbytes,
         }
         for key, value in place.items():

@@ -1,7 +1,8 @@
 """`onnx/manifest.json`: what was exported, how exact it was found to be, and the checksums it is loaded by.
 
 A model directory is a stranger's. Nothing names a file here but ourselves: the files are those the configuration asks
-for, regular files in the one folder, and graphs may read weights from `weights.bin` only.
+for, regular files in the one folder, and a graph may read weights from one of two files only: `tables.bin` for what
+goes from tokens to states and back, `weights.bin` for all others. Only the tables may lie in a sibling's folder.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlm_engine.checkpoint import read_json
+from rlm_engine.checkpoint import read_json, sibling_directory
 from rlm_engine.config import ActConfig, BlendConfig, ModelConfig, RoutedConfig
 from rlm_engine.errors import ModelError
 from rlm_engine.export.external import external_tensors
 from rlm_engine.export.quantize import Storage
 from rlm_engine.export.signatures import signatures
 
-FOLDER, MANIFEST, WEIGHTS = "onnx", "manifest.json", "weights.bin"
+FOLDER, MANIFEST, WEIGHTS, TABLES = "onnx", "manifest.json", "weights.bin", "tables.bin"
 PRECISIONS = ("fp32", "int8")
-FORMAT = 1
+FORMAT = 2
 _MAX_GRAPH_BYTES = 16 << 20  # matrices are outside
 _MAX_MANIFEST_BYTES = 1 << 20
 _AGAIN = "run `rlm-chat export onnx` again"
@@ -60,7 +61,8 @@ class StoredFile:
 class Manifest:
     """The contents of the manifest. ``settings``: those of the configuration that are frozen into the graphs.
 
-    ``storage``: how the weights were quantized; None for fp32, and for exports older than the record.
+    ``storage``: how the weights were quantized; None for fp32. ``shared_with``: name of the sibling directory whose
+    `tables.bin` this model uses, too.
     """
 
     precision: str
@@ -72,10 +74,22 @@ class Manifest:
     files: dict[str, StoredFile]
     storage: Storage | None = None
     verification: Verification | None = None
+    shared_with: str | None = None
+
+    def folder(self, directory: Path, file: str) -> Path:
+        """The folder that holds a file of the export in `directory`. Raises ModelError for an odd ``shared_with``."""
+        if file == TABLES and self.shared_with is not None:
+            directory = sibling_directory(directory, self.shared_with, f"{FOLDER}/{MANIFEST}")
+        return directory / FOLDER
 
     def to_json(self) -> str:
         """The text of the file."""
         return json.dumps({"format": FORMAT} | asdict(self), indent=2) + "\n"
+
+
+def weight_file(graph: str) -> str:
+    """The file a graph's weights are in. Fine-tuned models may share the tables of what they were made from."""
+    return TABLES if graph in ("embed", "head") else WEIGHTS
 
 
 def frozen_settings(config: ModelConfig) -> dict[str, Any]:
@@ -111,7 +125,7 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
             raise ModelError(
                 f"{path}: exported with {name} {manifest.settings.get(name)!r}, config.json says {value!r}; {_AGAIN}"
             )
-    expected = {f"{name}.onnx" for name in signatures(config)} | {WEIGHTS}
+    expected = {f"{name}.onnx" for name in signatures(config)} | {WEIGHTS, TABLES}
     if set(manifest.files) != expected:
         odd = sorted(set(manifest.files) ^ expected)[0]
         raise ModelError(f"{path}: {odd!r} is {'missing from' if odd in expected else 'not wanted in'} its files")
@@ -120,7 +134,6 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
 
 def _from_dict(data: dict[str, Any]) -> Manifest:
     """Raises TypeError, ValueError or KeyError saying what is wrong."""
-    data.setdefault("storage", None)
     if set(data) - set(Manifest.__dataclass_fields__):
         raise ValueError(f"unknown key {min(set(data) - set(Manifest.__dataclass_fields__))!r}")
     missing = set(Manifest.__dataclass_fields__) - set(data)
@@ -155,40 +168,44 @@ def _stored_file(name: str, entry: Any) -> StoredFile:
 
 
 def check_files(directory: Path, manifest: Manifest) -> dict[str, int]:
-    """Check every file; returns how many bytes of `weights.bin` each graph reads when it runs. Raises ModelError.
+    """Check every file; returns how many bytes of weights each graph reads when it runs. Raises ModelError.
 
-    Rows that are looked up do not count. Regular files (no links), sizes and checksums of the manifest, and nothing
-    outside `weights.bin` is referred to.
+    Rows that are looked up do not count. Regular files (no links), sizes and checksums of the manifest, and a graph
+    refers to nothing but its `weight_file`.
     """
-    folder = directory / FOLDER
     read_bytes: dict[str, int] = {}
     for name, stored in manifest.files.items():
+        folder = manifest.folder(directory, name)
+        _require_plain(folder, stat.S_ISDIR, "a folder")
         path = folder / name
         _require_plain(path, stat.S_ISREG, "a regular file")
         size = path.stat().st_size
         if size != stored.size_bytes:
             raise ModelError(f"{path}: {size} bytes, the manifest says {stored.size_bytes}; {_AGAIN}")
-        if name != WEIGHTS and size > _MAX_GRAPH_BYTES:
+        is_graph = name not in (WEIGHTS, TABLES)
+        if is_graph and size > _MAX_GRAPH_BYTES:
             raise ModelError(f"{path}: {size} bytes is too large for a graph (at most {_MAX_GRAPH_BYTES})")
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != stored.sha256:
             raise ModelError(f"{path}: its SHA-256 is not the manifest's, the file is damaged; {_AGAIN}")
-        if name != WEIGHTS:
-            read_bytes[name.removesuffix(".onnx")] = _weight_bytes(path, manifest.files[WEIGHTS].size_bytes)
+        if is_graph:
+            graph = name.removesuffix(".onnx")
+            weights = weight_file(graph)
+            read_bytes[graph] = _weight_bytes(path, weights, manifest.files[weights].size_bytes)
     return read_bytes
 
 
-def _weight_bytes(path: Path, size: int) -> int:
+def _weight_bytes(path: Path, weights: str, size: int) -> int:
     try:
         tensors = external_tensors(path.read_bytes())
     except (ValueError, KeyError):
         raise ModelError(f"{path}: not an ONNX graph") from None
     for tensor in tensors:
-        if tensor.location != WEIGHTS:
-            raise ModelError(f"{path}: wants to read {tensor.location!r}; a graph may read {WEIGHTS} only")
+        if tensor.location != weights:
+            raise ModelError(f"{path}: wants to read {tensor.location!r}; this graph may read {weights} only")
         if tensor.offset < 0 or tensor.length < 0 or tensor.offset + tensor.length > size:
-            raise ModelError(f"{path}: wants to read beyond the end of {WEIGHTS}")
+            raise ModelError(f"{path}: wants to read beyond the end of {weights}")
     return sum(tensor.length for tensor in tensors if not tensor.is_picked)
 
 

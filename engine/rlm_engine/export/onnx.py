@@ -1,4 +1,4 @@
-"""Writing a model's `onnx/` folder: graphs built by hand from the weights, one weight file, a manifest.
+"""Writing a model's `onnx/` folder: graphs built by hand from the weights, two weight files, a manifest.
 
 Needs the package `onnx`, but not PyTorch; where PyTorch is installed the export is compared with it before it is kept.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlm_engine.checkpoint import read_config, read_model_directory
+from rlm_engine.checkpoint import read_config, read_model_directory, read_own_config
 from rlm_engine.config import ModelConfig
 from rlm_engine.decoding.interface import Backend, Decoder
 from rlm_engine.errors import ModelError, UsageError
@@ -24,11 +24,14 @@ from rlm_engine.export.manifest import (
     FOLDER,
     MANIFEST,
     PRECISIONS,
+    TABLES,
     WEIGHTS,
     Manifest,
     StoredFile,
     Verification,
+    check_files,
     frozen_settings,
+    read_manifest,
 )
 from rlm_engine.export.quantize import Storage
 
@@ -101,9 +104,9 @@ def write_graphs(
 
     folder = directory / FOLDER
     folder.mkdir()
-    weight_file = WeightFile(folder / WEIGHTS)
+    stored = {name: WeightFile(folder / name) for name in (WEIGHTS, TABLES)}
     storage = (storage or Storage.for_width(config.d_model)) if precision == "int8" else None
-    weights = Weights(tensors, weight_file, storage)
+    weights = Weights(tensors, stored, storage)
     files = {}
     try:
         for name, model in build_graphs(config, weights):
@@ -111,8 +114,8 @@ def write_graphs(
             (folder / f"{name}.onnx").write_bytes(raw)
             files[f"{name}.onnx"] = StoredFile(len(raw), hashlib.sha256(raw).hexdigest())
     finally:
-        digest = weight_file.close()
-    files[WEIGHTS] = StoredFile(weight_file.size, digest)
+        digests = {name: file.close() for name, file in stored.items()}
+    files |= {name: StoredFile(file.size, digests[name]) for name, file in stored.items()}
     manifest = Manifest(
         precision=precision,
         parameters=sum(tensor.size for tensor in tensors.values()),
@@ -125,6 +128,20 @@ def write_graphs(
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def share_tables(directory: Path, sibling: str) -> None:
+    """Delete the export's tables where the directory `sibling` beside it has the same; both models then use those.
+
+    Raises ModelError when either export is damaged or the tables differ.
+    """
+    own, other = (read_manifest(d, read_own_config(d)) for d in (directory, directory.parent / sibling))
+    if other.shared_with is not None or own.files[TABLES] != other.files[TABLES]:
+        raise ModelError(f"{directory / FOLDER / TABLES} is not the same as {sibling}'s; nothing was deleted")
+    shared = replace(own, shared_with=sibling)
+    check_files(directory, shared)
+    (directory / FOLDER / MANIFEST).write_text(shared.to_json(), encoding="utf-8")
+    (directory / FOLDER / TABLES).unlink(missing_ok=True)
 
 
 def _verified(
