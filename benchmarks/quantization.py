@@ -33,6 +33,7 @@ from rlm_engine.tokenizer import load_tokenizer
 ATTENTION, VALUES = ("block.wq", "block.wk", "block.wv", "block.wo"), ("block.wv", "block.wo")
 VARIANTS = {
     "blocks of 128": Storage(matrix_block=128, rescored=0, double=()),
+    "32, one plane": Storage(rescored=0, double=()),
     "128, rescored": Storage(matrix_block=128, double=()),
     "64, rescored": Storage(matrix_block=64, double=()),
     "32, rescored": Storage(matrix_block=32, double=()),

@@ -44,7 +44,8 @@ class Storage:
         Narrow models need the finer blocks for their likeliest tokens, and wait for their instructions anyway; wide
         ones wait for their weights, of which blocks of 32 read a tenth more and unpack a quarter slower.
         """
-        return cls() if d_model < WIDE else cls(matrix_block=128)
+        table_block = 64 if d_model % 128 else 128  # a block that does not fit is padded
+        return cls(table_block=table_block) if d_model < WIDE else cls(matrix_block=128, table_block=table_block)
 
     def planes(self, tensor: str) -> int:
         """In how many planes of 8 bits a matrix is stored, 0 for float32."""
