@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument(
         "--variants", default="all", metavar="LIST", help=f"of: {'; '.join((*VARIANTS, *FOUR_BITS))} (default all)"
     )
+    parser.add_argument("--one-plane", action="store_true", help="the shipped storage without its second planes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found for the shipped storage")
     options = start(parser)
     if options.quick:
         options.tokens, options.piece = 60, 20
@@ -79,9 +81,12 @@ def main() -> None:
         sys.exit(str(error))
     if tokenizer is None or not options.text:
         sys.exit("give a model with a tokenizer, and --text FILE ...")
+    shipped = Storage.for_width(config.d_model)
+    if options.one_plane:
+        shipped = replace(shipped, rescored=0, double=())
     every: dict[str, Storage | None] = {**VARIANTS, **dict.fromkeys(FOUR_BITS)}
     chosen = every if options.variants == "all" else {n: every[n] for n in _names(options.variants)}
-    storages: dict[str, Storage | None] = {"float32": None, DEFAULT: Storage.for_width(config.d_model), **chosen}
+    storages: dict[str, Storage | None] = {"float32": None, DEFAULT: shipped, **chosen}
     pieces = [piece for file in options.text for piece in _pieces(file, tokenizer.encode, options, len(options.text))]
     total = sum(map(len, pieces))
     print(f"model: {options.model}; {total} tokens in {len(pieces)} pieces of {len(options.text)} files")
@@ -110,14 +115,19 @@ def main() -> None:
         ])  # fmt: skip
     header = ["baseline: float32", "same top-1", "95 %", "perplexity", "|nats|", "same depth", "MB", "decoding speed"]
     table(header, rows)
-    share, _ = _share(found[DEFAULT].likeliest == reference.likeliest)
+    share, margin = _share(found[DEFAULT].likeliest == reference.likeliest)
     verdict(f"{DEFAULT}: same top-1", share, TOP1_BUDGET, at_least=True)
     ratio = float(np.exp((reference.logprobs - found[DEFAULT].logprobs).mean()))
     verdict(f"{DEFAULT}: perplexity", ratio, PERPLEXITY_BUDGET, at_least=False)
+    if options.json:
+        same_depth = float((found[DEFAULT].depths == reference.depths).mean())
+        record = {"model": options.model, "storage": asdict(shipped), "tokens": len(reference.likeliest)}
+        record |= {"top1": share, "top1_margin": margin, "perplexity_ratio": ratio, "same_depth": same_depth}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _names(text: str) -> list[str]:
-    names = [part.strip() for part in text.split(";")]
+    names = [part.strip() for part in text.split(";") if part.strip()]
     unknown = [name for name in names if name not in {**VARIANTS, **FOUR_BITS}]
     if unknown:
         sys.exit(f"no variant {unknown[0]!r}; there are: {'; '.join((*VARIANTS, *FOUR_BITS))}")
