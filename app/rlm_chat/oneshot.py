@@ -130,11 +130,11 @@ def models(options: argparse.Namespace) -> int:
     elif not rows:
         print("no model came with this installation; point --model at a model directory")
     else:
-        print(f"{'name':10} {'design':9} {'parameters':>12} {'context':>8} {'depth':>6} {'chat':>5}  card")
+        print(f"{'name':14} {'design':9} {'parameters':>12} {'context':>8} {'depth':>6} {'chat':>5}  card")
         for row in rows:
             talks = "yes" if row["chat"] else "no"
             print(
-                f"{row['name']:10} {row['architecture']:9} {row['parameters']:>12,} {row['context_length']:>8} "
+                f"{row['name']:14} {row['architecture']:9} {row['parameters']:>12,} {row['context_length']:>8} "
                 f"{row['max_depth']:>6} {talks:>5}  {row['card'] or '-'}"
             )
     return 0

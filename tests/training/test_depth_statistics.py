@@ -59,6 +59,11 @@ def test_expected_depths_are_binned() -> None:
     assert len(result["edges"]) == 21 and sum(result["counts"]) == 41
 
 
+def test_expected_depths_that_hardly_differ_still_have_a_histogram() -> None:
+    result = histogram(np.array([1.9999998, 1.9999999, 1.9999999], dtype=np.float32))
+    assert sum(result["counts"]) == 3 and len(result["edges"]) == 21
+
+
 def test_random_depths_have_the_learned_mean_and_distribution() -> None:
     scorer = byte_scorer(5)
     windows: dict[str, list[Window]] = {"a": [], "b": []}

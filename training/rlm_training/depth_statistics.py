@@ -94,7 +94,9 @@ def histogram(depth: np.ndarray) -> dict[str, Any]:
     if (depth == np.round(depth)).all():
         values, counts = np.unique(depth.astype(np.int64), return_counts=True)
         return {"depths": values.tolist(), "counts": counts.tolist()}
-    counts, edges = np.histogram(depth, bins=20)
+    low = float(depth.min())
+    # a blend that has settled varies by less than what bins can tell apart
+    counts, edges = np.histogram(depth, bins=20, range=(low, max(float(depth.max()), low + 1e-3)))
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
