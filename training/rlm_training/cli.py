@@ -176,7 +176,9 @@ def _check_writable(path: Path) -> None:
     if path.is_dir():
         raise UsageError(f"--json {path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + ".tmp").touch()
+    attempt = path.with_name(path.name + ".tmp")
+    attempt.touch()
+    attempt.unlink()
 
 
 def _add_report(commands: Any) -> None:
