@@ -5,7 +5,8 @@
 
 `base` and `chat` get bf16 weights for PyTorch and 8-bit graphs for ONNX Runtime, with one embedding table for both: the
 chat model must have been fine-tuned with the embedding frozen (`train.freeze_embedding`). Models of other designs are
-8-bit graphs only, their tables in one plane: a third smaller, and the likeliest token stays the same in 99 %.
+8-bit graphs only; those with two tables store them in one plane, a third smaller, where the likeliest token stays the
+same in 99 % all the same (benchmarks/quantization.py --one-plane).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from rlm_engine.checkpoint import read_model_directory, read_own_config, write_model_directory
+from rlm_engine.config import ActConfig, BlendConfig
 from rlm_engine.errors import EngineError
 from rlm_engine.export.onnx import export_onnx, share_tables
 from rlm_engine.export.quantize import Storage
@@ -66,7 +68,10 @@ def bundle_design(source: Path, target: Path) -> None:
     card = target / "README.md"
     kept = card.read_bytes() if card.is_file() else None
     shutil.rmtree(target, ignore_errors=True)
-    storage = replace(Storage.for_width(read_own_config(source).d_model), rescored=0, double=())
+    config = read_own_config(source)
+    storage = Storage.for_width(config.d_model)
+    if not isinstance(config, ActConfig | BlendConfig):  # the head has a table of its own
+        storage = replace(storage, rescored=0, double=())
     export_onnx(source, target, "int8", storage)
     if kept is not None:
         card.write_bytes(kept)
