@@ -59,10 +59,9 @@ CLAIMS = {
     "routed": "rlm-90m (90.7 M parameters): perplexity 17.45 on conversations of HH-RLHF and UltraChat.",
     "mixture": "mor (41.4 M parameters): perplexity 7.9, on the text it was trained on.",
 }
-NOTE = (
-    "Held-out documents were split off before training. From the second pretraining run on, documents that share 13 "
-    "words in a row with the evaluation sets were left out; the first run had not searched for them."
-)
+# The corpus of the mor tokenizer names files by their folder, too.
+OTHER_NAMES = {"storybooks": "pretrain-storybooks", "chat_storybooks": "chat-storybooks"}
+UNSEARCHED = "runs/data"  # the corpus before documents of the evaluation sets were taken out
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def main() -> int:
     card = "\n".join(
         [
             *header(options.name, before, phases),
-            *data(phases),
+            *data(before, phases),
             *fidelity(json.loads(options.quantization.read_text(encoding="utf-8"))),
             *measured(options.name, json.loads(options.evaluation.read_text(encoding="utf-8"))),
         ]
@@ -156,8 +155,9 @@ def training_row(phase: Phase) -> str:
     return f"| {command} | {phase.tokens:,} | {len(phase.metrics):,} | {phase.minutes:.0f} | {loss:.2f} | {depth:.2f} |"
 
 
-def data(phases: list[Phase]) -> list[str]:
+def data(before: list[Phase], phases: list[Phase]) -> list[str]:
     """The sources: how often each was read in each run, and its licence."""
+    everything = before + phases
     rows = ["", "## Data", ""]
     if phases[-1].recipe["stage"] == "sft":
         rows += ["Conversations: loss on the replies only, token table frozen. How often each was read:", ""]
@@ -169,8 +169,13 @@ def data(phases: list[Phase]) -> list[str]:
     rows += ["|---" * (len(phases) + 2) + "|"]
     for name in names:
         times = " | ".join(f"{epochs[name]:.2g}" if name in epochs else "-" for epochs in read)
-        rows.append(f"| {SOURCES[name][0]} | {times} | {SOURCES[name][1]} |")
-    return [*rows, "", NOTE]
+        what, licence = SOURCES[OTHER_NAMES.get(name, name.removeprefix("chat_"))]
+        rows.append(f"| {what} | {times} | {licence} |")
+    note = "Held-out documents were split off before training. "
+    unsearched = [phase.recipe["name"] for phase in everything if phase.recipe["data"]["prepared"] == UNSEARCHED]
+    note += "Documents that share 13 words in a row with the evaluation sets were left out"
+    note += f", but not in {' and '.join(unsearched)}, which had not been searched for them." if unsearched else "."
+    return [*rows, "", note]
 
 
 def fidelity(measured: dict[str, Any]) -> list[str]:
