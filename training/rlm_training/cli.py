@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dry-run", action="store_true", help="print size, cost and expected time, then stop")
         command.set_defaults(run=_train, stage=stage)
 
+    _add_calibrate(commands)
     _add_evaluate(commands)
     _add_report(commands)
 
@@ -104,6 +105,28 @@ def _train(options: argparse.Namespace) -> int:
         return 130
     if leads:
         print(f"model written to {target}")
+    return 0
+
+
+def _add_calibrate(commands: Any) -> None:
+    calibrate = commands.add_parser("calibrate", help="how decisive an act model's halting head is: one factor")
+    calibrate.add_argument("model", type=Path, help="model directory")
+    calibrate.add_argument("--prepared", type=Path, required=True, help="folder of rlm-train prepare: training text")
+    calibrate.add_argument("--sources", nargs="+", default=[], metavar="NAME", help="of its sources (default all)")
+    calibrate.add_argument("--tokens", type=int, default=20_000, help="of text, in all (default 20000)")
+    calibrate.add_argument("--out", type=Path, required=True, help="model directory to write")
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from rlm_training.calibrate import Outcome, calibrate_halting
+
+    def say(one: Outcome) -> None:
+        print(f"{one.factor:6.2f}  {one.loss:8.5f}  {one.depth:5.3f} +- {one.deviation:.3f}", flush=True)
+
+    print("factor      loss  depth")
+    best = calibrate_halting(options.model, options.out, options.prepared, options.sources, options.tokens, say)
+    print(f"model written to {options.out}, halting logits times {best.factor:g}")
     return 0
 
 
