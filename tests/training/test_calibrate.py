@@ -12,7 +12,7 @@ from tiny_models import tiny_act
 from tiny_runs import write_prepared
 
 from rlm_engine.checkpoint import read_model_directory, write_model_directory
-from rlm_training.calibrate import FACTORS, Outcome, calibrate_halting, read_passages
+from rlm_training.calibrate import FACTORS, TOLERANCE, Outcome, calibrate_halting, read_passages
 from rlm_training.cli import main
 from rlm_training.shards import load_sources
 
@@ -24,11 +24,11 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_the_largest_factor_that_costs_nothing_is_written(model: Path, tmp_path: Path) -> None:
+def test_the_largest_factor_that_costs_next_to_nothing_is_written(model: Path, tmp_path: Path) -> None:
     prepared, heard = write_prepared(tmp_path / "data", tokens=3000), list[Outcome]()
     best = calibrate_halting(model, tmp_path / "out", prepared, ("text",), 800, heard.append)
     assert [one.factor for one in heard] == list(FACTORS)
-    assert best == [one for one in heard if one.loss <= heard[0].loss][-1]
+    assert best == [one for one in heard if one.loss <= heard[0].loss + TOLERANCE][-1]
     assert len({one.depth for one in heard}) > 1
     config, before = read_model_directory(model)
     written, after = read_model_directory(tmp_path / "out")

@@ -2,7 +2,7 @@
 
 A temperature, as classifiers are calibrated with (Guo et al. 2017). Training leaves the head lukewarm: its gradient is
 small once a token's probabilities sum to one. Larger factors spread the depths, until halting too early costs; the
-largest that costs nothing is kept.
+largest that costs next to nothing is kept.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rlm_training.losses import token_cross_entropy
 from rlm_training.shards import Source, load_sources
 
 FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
+TOLERANCE = 0.0025  # nats per token, a quarter of a percent of perplexity
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def read_passages(source: Source, config: ActConfig, tokens: int) -> Iterator[Pa
 
 @torch.no_grad()
 def choose(model: ActModel, passages: Sequence[Passage], said: Callable[[Outcome], None] = lambda o: None) -> Outcome:
-    """The outcome of the largest of FACTORS that predicts no worse than the head as it is. The model stays as it is."""
+    """The outcome of the largest of FACTORS that costs no more than TOLERANCE. The model stays as it is."""
     weight, bias = model.halt.weight.clone(), model.halt.bias.clone()
     found = []
     try:
@@ -106,7 +107,7 @@ def choose(model: ActModel, passages: Sequence[Passage], said: Callable[[Outcome
     finally:
         model.halt.weight.copy_(weight)
         model.halt.bias.copy_(bias)
-    return [outcome for outcome in found if outcome.loss <= found[0].loss][-1]
+    return [outcome for outcome in found if outcome.loss <= found[0].loss + TOLERANCE][-1]
 
 
 def _measure(model: ActModel, passages: Sequence[Passage], factor: float) -> Outcome:
