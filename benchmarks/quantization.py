@@ -33,15 +33,15 @@ from rlm_engine.tokenizer import load_tokenizer
 ATTENTION, VALUES = ("block.wq", "block.wk", "block.wv", "block.wo"), ("block.wv", "block.wo")
 VARIANTS = {
     "blocks of 128": Storage(matrix_block=128, rescored=0, double=()),
-    "32, one plane": Storage(rescored=0, double=()),
+    "32, one plane": Storage(matrix_block=32, rescored=0, double=()),
     "128, rescored": Storage(matrix_block=128, double=()),
     "64, rescored": Storage(matrix_block=64, double=()),
     "32, rescored": Storage(matrix_block=32, double=()),
     "16, rescored": Storage(matrix_block=16, double=()),
-    "32, values float32": Storage(double=(), single=VALUES),
-    "32, attention float32": Storage(double=(), single=ATTENTION),
-    "32, values and down two planes": Storage(double=(*VALUES, "block.w_down")),
-    "32, all two planes": Storage(double=("block.w",)),
+    "32, values two planes": Storage(matrix_block=32, double=VALUES),
+    "32, attention float32": Storage(matrix_block=32, double=(), single=ATTENTION),
+    "32, values and down two planes": Storage(matrix_block=32, double=(*VALUES, "block.w_down")),
+    "32, all two planes": Storage(matrix_block=32),
 }
 # Weights rounded to 4 bits in blocks of 32 and computed with in float32: the least 4 bits can cost.
 FOUR_BITS = {"4-bit block": "block.w", "4-bit block and table": ""}

@@ -1,6 +1,6 @@
 """Put trained models into the package.
 
-    python packaging/bundle.py --base runs/act-15m-continue/model --chat runs/act-15m-voice/model \\
+    python packaging/bundle.py --base runs/act-15m-continue/model --chat runs/act-15m-sft/model \\
         --design rlm-48m-small=runs/rlm-48m-small/model
 
 `base` and `chat` get bf16 weights for PyTorch and 8-bit graphs for ONNX Runtime, with one embedding table for both: the

@@ -143,8 +143,17 @@ def header(name: str, before: list[Phase], phases: list[Phase]) -> list[str]:
         *(training_row(phase) for phase in before + phases),
         "",
         f"Minutes of stepping on two cores of {processor_name()} (bfloat16) that also did other work; loss in nats per "
-        "token, mean of the last 50 steps. Recipes, metrics and commands: `training/runs` in the source tree.",
+        "token, mean of the last 50 steps. Recipes, metrics and commands: `training/runs` in the source tree."
+        + calibrated(name),
     ]
+
+
+def calibrated(name: str) -> str:
+    """A sentence about the halting head, where it was calibrated."""
+    provenance = json.loads((BUNDLED / name / "config.json").read_text(encoding="utf-8"))["provenance"]
+    if "halting_factor" not in provenance:
+        return ""
+    return f" The logits of the halting head were then multiplied by {provenance['halting_factor']} (`calibrate`)."
 
 
 def training_row(phase: Phase) -> str:

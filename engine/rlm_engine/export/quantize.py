@@ -31,10 +31,10 @@ class Storage:
     8 bits, or stay in float32.
     """
 
-    matrix_block: int = 32
+    matrix_block: int = 16
     table_block: int = 128
     rescored: int = 32
-    double: tuple[str, ...] = ("block.wv", "block.wo")  # act: few weights, and the most error for their number
+    double: tuple[str, ...] = ("block.w",)  # act: few weights, applied again and again
     single: tuple[str, ...] = ()
 
     @classmethod
@@ -42,10 +42,12 @@ class Storage:
         """What is shipped for a model of this width.
 
         Narrow models need the finer blocks for their likeliest tokens, and wait for their instructions anyway; wide
-        ones wait for their weights, of which blocks of 32 read a tenth more and unpack a quarter slower.
+        ones wait for their weights, of which finer blocks read a tenth more and unpack a quarter slower.
         """
         table_block = 64 if d_model % 128 else 128  # a block that does not fit is padded
-        return cls(table_block=table_block) if d_model < WIDE else cls(matrix_block=128, table_block=table_block)
+        if d_model < WIDE:
+            return cls(table_block=table_block)
+        return cls(matrix_block=128, table_block=table_block, double=("block.wv", "block.wo"))
 
     def planes(self, tensor: str) -> int:
         """In how many planes of 8 bits a matrix is stored, 0 for float32."""
