@@ -107,12 +107,16 @@ def main() -> int:
     parser.add_argument("--quantization", type=Path, required=True, help="JSON of benchmarks/quantization.py")
     options = parser.parse_args()
     before, phases = ([Phase.read(run) for run in runs] for runs in (options.before, options.run))
+    evaluation, quantization = (
+        json.loads(file.read_text(encoding="utf-8")) for file in (options.evaluation, options.quantization)
+    )
     card = "\n".join(
         [
             *header(options.name, before, phases),
             *data(before, phases),
-            *fidelity(json.loads(options.quantization.read_text(encoding="utf-8"))),
-            *measured(options.name, json.loads(options.evaluation.read_text(encoding="utf-8"))),
+            *fidelity(quantization),
+            *targets(evaluation, quantization),
+            *measured(options.name, evaluation),
         ]
     )
     (BUNDLED / options.name / "README.md").write_text(card + "\n", encoding="utf-8")
@@ -198,6 +202,36 @@ def fidelity(measured: dict[str, Any]) -> list[str]:
         f"{100 * measured['same_depth']:.1f} %, and has {measured['perplexity_ratio']:.4f} times the perplexity "
         "(`benchmarks/quantization.py`).",
     ]
+
+
+def targets(evaluation: dict[str, Any], quantization: dict[str, Any]) -> list[str]:
+    """What was aimed at for the bundled ACT models, and what came out."""
+    if evaluation["model"]["architecture"] != "act":
+        return []
+    depth = evaluation["depth"]
+    rows = [
+        ("mean depth from 2.5 to 7.5", f"{depth['mean']:.2f}", 2.5 <= depth["mean"] <= 7.5),
+        ("standard deviation of depth at least 0.7", f"{depth['std']:.2f}", depth["std"] >= 0.7),
+    ]
+    for label, kind in (("the same depths shuffled", "shuffled"), ("depths drawn evenly around the mean", "uniform")):
+        worse = depth["random"][kind]["difference"]
+        low, high = worse["ci95"]
+        found = f"{worse['nats']:+.4f} nats per token ({low:+.4f} to {high:+.4f})"
+        rows.append((f"{label} predict worse", found, worse["nats"] > 0))
+    for mode in ("greedy", "sampled") if "chat" in evaluation else ():
+        said = evaluation["chat"][mode]
+        for label, key, limit in (
+            ("replies that do not end by themselves below 10 %", "ends_by_itself", 0.1),
+            ("repeated 4-grams below 10 %", "repetition_4", 0.1),
+            ("no reply that leaks the chat format", "format_leaks", 1e-9),
+        ):
+            value = 1 - said[key] if key == "ends_by_itself" else said[key]
+            rows.append((f"{mode}: {label}", f"{100 * value:.1f} %", value < limit))
+    rows.append(
+        ("8 bits: same likeliest token in 99 %", f"{100 * quantization['top1']:.2f} %", quantization["top1"] >= 0.99)
+    )
+    lines = [f"| {label} | {found} | {'yes' if met else '**no**'} |" for label, found, met in rows]
+    return ["", "## Targets", "", "| target | found | met |", "|---|---|---|", *lines]
 
 
 def measured(name: str, evaluation: dict[str, Any]) -> list[str]:
