@@ -188,12 +188,11 @@ def test_onnx_is_found_and_compared(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*small_options(tmp_path / "tiny"), "--backends", "onnx", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["results"]
     assert (row["backend"], row["precision"]) == ("onnx", "int8")
-    # 8 bits and a scale of 32 bits for every 32 or 128 weights, wv and wo twice, and small vectors in float32; the
+    # 8 bits and a scale of 32 bits for every 16 or 128 weights, the block's twice, and small vectors in float32; the
     # second plane of the table does not count: of it only looked up rows are read
-    mean_steps, d = row["mean_depth"], module.config.d_model
+    mean_steps = row["mean_depth"]
     weights = weights_per_application(module.config)
-    block = (weights["step"] + 2 * d * d) * (1 + 4 / 32)
-    key_value = (weights["key_value"] + d * d) * (1 + 4 / 32)
+    block, key_value = (2 * weights[piece] * (1 + 4 / 16) for piece in ("step", "key_value"))
     head = weights["head"] * (1 + 4 / 128)
     assert row["weight_bytes"] == pytest.approx(mean_steps * block + key_value + head, rel=0.05)
 
