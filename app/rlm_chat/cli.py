@@ -158,7 +158,7 @@ def _add_generation_options(command: argparse.ArgumentParser, lines: str) -> Non
         "--draft-depth",
         type=int,
         metavar="N",
-        help="draft tokens at depth N, verify them at full depth: same output, other speed",
+        help="draft tokens at depth N, verify them at full depth: same output (in 8 bits up to rounding), other speed",
     )
 
 
