@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlm_engine.models.act import ActMemory, ActModel, ActOutput
+from rlm_training.active_tokens import ActiveTokens
 from rlm_training.designs import Forward, Plan
 from rlm_training.losses import token_cross_entropy
 from rlm_training.micro import Micro
@@ -30,13 +31,21 @@ class Act:
 
     masked, padding, all_used = True, None, True
 
-    def __init__(self, model: ActModel, ponder: PonderConfig, compiled: bool = False, recompute: bool = False):
+    def __init__(
+        self,
+        model: ActModel,
+        ponder: PonderConfig,
+        compiled: bool = False,
+        recompute: bool = False,
+        skip_halted: bool = False,
+    ):
         self.model, self._ponder = model, ponder
         self.cap, self.deepest = model.config.logit_softcap, model.config.max_steps
         self.segments: dict[int, Segment] = {}  # by the slice's number
         # One function of tensors, called once per recurrence: no new compilation when the budget grows.
         step: Any = torch.compile(model.dense_step, dynamic=False) if compiled else model.dense_step
         self._dense_step = step
+        self._running_step = ActiveTokens(model, compiled) if skip_halted else None
         if recompute:
             self._dense_step = lambda *inputs: checkpoint(step, *inputs, use_reentrant=False)
 
@@ -61,6 +70,7 @@ class Act:
             max_steps=plan.budget,
             keep_states=plan.gate is not None,
             dense_step=self._dense_step if torch.is_grad_enabled() else None,  # held-out rows come in other shapes
+            running_step=self._running_step if torch.is_grad_enabled() and plan.gate is None else None,
         )
         if out.memory is not None and torch.is_grad_enabled():
             self.segments[micro.index] = _remember(out.memory, numbers, segment)

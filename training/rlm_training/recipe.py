@@ -58,6 +58,7 @@ class TrainConfig:
     ``precision``: "float32", "bfloat16" (autocast), "float16" (autocast with loss scaling, for older GPUs).
     ``device``: "auto", "cpu", "cuda". ``threads``: of PyTorch on the CPU (0: its own choice).
     ``compile``: torch.compile of the block and the loss. ``recompute``: activation checkpointing of the block.
+    ``skip_halted``: act leaves out what halted tokens do not need, which pays on a CPU (not with segment memory).
     ``sampled_vocabulary``: ids competing in the sampled softmax (0: all), until ``full_softmax_from`` (share of the
     run). ``freeze_embedding``: keep the token table as it is, so that two checkpoints can share it.
     ``init``: model directory to start from. ``average``: decay of the moving average of the weights that is validated
@@ -76,6 +77,7 @@ class TrainConfig:
     threads: int = 0
     compile: bool = False
     recompute: bool = False
+    skip_halted: bool = False
     sampled_vocabulary: int = 0
     full_softmax_from: float = 0.9
     freeze_embedding: bool = False
@@ -100,6 +102,8 @@ class TrainConfig:
             raise UsageError("sampled_vocabulary must not be negative, full_softmax_from is a share of the run")
         if not 0 <= self.average < 1:
             raise UsageError(f"average must be in [0, 1), got {self.average}")
+        if self.skip_halted and self.recompute:
+            raise UsageError("skip_halted and recompute do not go together")
         if self.fsdp and self.precision == "float16":
             raise UsageError("fsdp and precision 'float16' do not go together; use 'bfloat16'")
 

@@ -159,7 +159,7 @@ def make_objective(recipe: Recipe, model: Any) -> Objective:
     train = recipe.train
     design: Design
     if isinstance(model, ActModel):
-        design = Act(model, recipe.ponder, train.compile, train.recompute)
+        design = Act(model, recipe.ponder, train.compile, train.recompute, train.skip_halted)
     else:
         design = published_design(model, recipe.router, train.compile, train.recompute)
     if recipe.stage == "dpo":

@@ -50,17 +50,23 @@ class ActBlock(nn.Module):
         k = rotate(rms_norm(self._heads(self.wk(u)), eps=self.norm_eps), cos, sin)
         return k, self._heads(self.wv(u))
 
-    def forward(self, state: Tensor, attend: Attend, initial: Tensor, step: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """One recurrence: state, initial [..., tokens, d]; step: the recurrence's embedding [d]. Returns s'."""
+    def query(self, u: Tensor, step: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries [..., tokens, heads, head_dim] of normalised states u at the recurrence with embedding ``step``."""
+        return rotate(rms_norm(self._heads(self.wq(u + step)), eps=self.norm_eps), cos, sin)
+
+    def after_attention(self, state: Tensor, attended: Tensor, initial: Tensor, step: Tensor) -> Tensor:
+        """s' from what attention returned, [..., tokens, heads, head_dim]: both residual branches and the injection."""
         eps = self.norm_eps
-        u = rms_norm(state, self.gain_attn_in, eps)
-        k, v = self.key_value(u, cos, sin)
-        q = rotate(rms_norm(self._heads(self.wq(u + step)), eps=eps), cos, sin)
-        attended = self.wo(attend(q, k, v).flatten(-2))
-        r = state + rms_norm(attended, self.gain_attn_out, eps)
+        r = state + rms_norm(self.wo(attended.flatten(-2)), self.gain_attn_out, eps)
         z = rms_norm(r, self.gain_mlp_in, eps) + step
         out = self.w_down(F.silu(self.w_gate(z)) * self.w_up(z))
         return r + rms_norm(out, self.gain_mlp_out, eps) + self.inject * initial
+
+    def forward(self, state: Tensor, attend: Attend, initial: Tensor, step: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """One recurrence: state, initial [..., tokens, d]; step: the recurrence's embedding [d]. Returns s'."""
+        u = rms_norm(state, self.gain_attn_in, self.norm_eps)
+        k, v = self.key_value(u, cos, sin)
+        return self.after_attention(state, attend(self.query(u, step, cos, sin), k, v), initial, step)
 
 
 @dataclass
@@ -204,6 +210,7 @@ class ActModel(nn.Module):
         forced_depth: Tensor | None = None,
         keep_states: bool = False,
         dense_step: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
+        running_step: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
     ) -> ActOutput:
         """Dense forward of ids [batch, tokens].
 
@@ -215,6 +222,9 @@ class ActModel(nn.Module):
         ``forced_depth``: int64 [batch, tokens], each >= 1; token t stops exactly at recurrence forced_depth[t] (or at
         the last one) instead of where its halting probabilities say. Its weights are the usual ones: each
         recurrence's probability, the remainder at the stop; a probability is cut to what is left of 1.
+        ``running_step``: computes a recurrence for the tokens that still run, (state, initial, n from 0, running
+        [batch, tokens], cos, sin, mask) -> (states of all tokens, p_n), or None where the dense one should; not with
+        kv="reuse", memory or ``forced_depth``.
         """
         config = self.config
         steps = min(config.max_steps, max_steps or config.max_steps)
@@ -222,6 +232,8 @@ class ActModel(nn.Module):
         if forced_depth is not None:
             threshold = math.inf
         run = dense_step or self.dense_step
+        if config.kv == "reuse" or memory is not None or keep_memory or forced_depth is not None:
+            running_step = None
         start = memory.start if memory is not None else 0
         remembered = memory.keys[0].shape[1] if memory is not None else 0
         initial = self.embed(ids)
@@ -236,13 +248,18 @@ class ActModel(nn.Module):
         kept: list[tuple[Tensor, Tensor]] = []
         written: tuple[Tensor, Tensor] | None = None
         for n in range(steps):
+            sparse = None
+            if running_step is not None and halting is not None:
+                sparse = running_step(state, initial, n, halting.running, cos, sin, mask)
             past = (memory.keys[n], memory.values[n]) if memory is not None else None
             frozen = None
             if config.kv == "reuse" and halting is not None and written is not None:
                 frozen = (~halting.running, *written)
-            new, p, k, v = run(state, initial, self.step_embedding[n], cos, sin, past, mask, frozen)
-            written = (k, v)
-            kept.append(written)
+            if sparse is not None:
+                new, p = sparse
+            else:
+                new, p, *written = run(state, initial, self.step_embedding[n], cos, sin, past, mask, frozen)
+                kept.append(written)
             if halting is None:
                 halting = HaltingState(torch.zeros_like(p), torch.ones_like(depth, dtype=torch.bool))
             if n + 1 < config.min_steps:
