@@ -1,4 +1,4 @@
-"""The data commands of rlm-train: prepare, tokenizer."""
+"""The data commands of rlm-train: prepare, compose, tokenizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `prepare` and `tokenizer`."""
+    """Add `prepare`, `compose` and `tokenizer`."""
     prepare = commands.add_parser("prepare", help="filter, deduplicate and tokenize text into memory-mapped shards")
     add = prepare.add_argument
     add("paths", nargs="*", metavar="PATH", help=".txt, .jsonl, .jsonl.zst, .parquet; a folder; a pattern; or "
@@ -43,6 +43,11 @@ def add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
         help="size of a shard, and of what an interruption costs",
     )
     prepare.set_defaults(run=_prepare)
+
+    compose = commands.add_parser("compose", help="conversations written with alternatives, as JSON lines")
+    compose.add_argument("files", nargs="+", type=Path, metavar="FILE", help="see rlm_training/phrasings.py")
+    compose.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="what prepare reads")
+    compose.set_defaults(run=_compose)
 
     tokenizer = commands.add_parser("tokenizer", help="train a lossless byte-level tokenizer for technical text")
     tokenizer.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".txt or .jsonl")
@@ -92,6 +97,14 @@ def _per_source(text: str, option: str, kind: type) -> tuple[str, Any]:
         return pattern if equals else "*", kind(value.replace("_", "") if kind is int else value)
     except ValueError:
         raise UsageError(f"--{option} {text!r}: expected a number, or SOURCE=number") from None
+
+
+def _compose(options: argparse.Namespace) -> int:
+    from rlm_training.phrasings import compose
+
+    entries, conversations = compose(options.files, options.out)
+    print(f"{options.out}: {conversations:,} conversations of {entries:,} entries")
+    return 0
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
