@@ -56,6 +56,25 @@ def test_greedy_is_the_argmax_of_the_dense_model(ids_model: Model) -> None:
     assert generation.summary.new_tokens == len(ids) - 3
 
 
+def test_a_text_begins_with_the_start_token_of_its_model(text_model: Model) -> None:
+    module = tiny_act(
+        5, torch.float32, vocab_size=50_259, eos_token_id=50_256, tokenizer="gpt2", context_length=8, bos_token_id=50_256
+    )
+    model, greedy = as_model(module, text_model.tokenizer), Sampling(greedy=True, max_tokens=4)
+    ids = model.encode("The sea was")
+
+    def tokens(prompt: str | list[int]) -> list[int]:
+        return [token.id for token in model.generate(prompt, greedy)]
+
+    assert tokens("The sea was") == tokens([50_256, *ids]) != tokens(ids)
+    assert [c.tokens[0].id for c in model.generate_many(["The sea was"], greedy)] == tokens("The sea was")[:1]
+    full = "one two three four five six seven eight"
+    assert len(model.encode(full)) == 8
+    assert tokens(full) == tokens(model.encode(full))  # no room for it
+    with pytest.raises(ModelError, match="bos_token_id"):
+        tiny_act(5, torch.float32, vocab_size=64, bos_token_id=64)
+
+
 def test_same_seed_same_tokens(text_model: Model) -> None:
     def run(seed: int | None) -> list[int]:
         return [t.id for t in text_model.generate("A tree", Sampling(seed=seed, max_tokens=12))]

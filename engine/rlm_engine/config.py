@@ -132,6 +132,7 @@ class ActConfig(_Config):
     ``rule``: "act" outputs the halting-weighted mean of the states, "last" the state at the halt.
     ``kv``: what deeper recurrences see of a halted token: "final" projects its last state once, "reuse" keeps the
     key and value of its last recurrence.
+    ``bos_token_id``: what stood before every text in training and is put before a text to continue; None: nothing.
     """
 
     architecture: ClassVar[str] = "act"
@@ -145,9 +146,13 @@ class ActConfig(_Config):
     rope_theta: float = 10_000.0
     logit_softcap: float = 15.0
     norm_eps: float = 1e-6
+    bos_token_id: int | None = None
 
     def check(self) -> None:
         super().check()
+        bos = self.bos_token_id
+        if bos is not None and (not isinstance(bos, int) or isinstance(bos, bool) or not 0 <= bos < self.vocab_size):
+            raise ModelError(f"config: bos_token_id must be a token of the vocabulary or null, got {bos!r}")
         if not 1 <= self.min_steps <= self.max_steps:
             raise ModelError(f"config: min_steps must be between 1 and max_steps {self.max_steps}")
         if not 0.0 <= self.halt_epsilon < 1.0:

@@ -105,12 +105,13 @@ class Model:
     ) -> Generation:
         """Continue a text or token ids. ``alternatives``: how many of the likeliest tokens each token reports.
 
+        A text is a text's beginning: the config's ``bos_token_id`` goes before it where there is one and room for it.
+        Token ids are taken as they are.
+
         Raises InputError when the prompt is empty, longer than the context, or not encodable; UsageError when
         stop strings are asked of a model without tokenizer.
         """
-        ids = self.encode(prompt)
-        self._check_length(ids)
-        ending = Ending(frozenset({self.config.eos_token_id}))
+        ids, ending = self._text(prompt)
         return self._generation(ids, self._reply(ids, sampling, ending, alternatives), depth, 0, speculation)
 
     def chat(
@@ -151,8 +152,7 @@ class Model:
             if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], int):
                 ids, _, ending = self._conversation(prompt)  # type: ignore[arg-type]
             else:
-                ids, ending = self.encode(prompt), Ending(frozenset({self.config.eos_token_id}))  # type: ignore[arg-type]
-                self._check_length(ids)
+                ids, ending = self._text(prompt)  # type: ignore[arg-type]
             jobs.append(Job(index, ids, self._reply(ids, mine, ending, 0)))
         if not jobs:
             return iter(())
@@ -240,6 +240,15 @@ class Model:
         limit = config.context_length * (8 if unbounded else 1)
         if len(ids) > limit:
             raise InputError(f"the prompt has {len(ids)} tokens, the model's context holds {limit}; shorten it")
+
+    def _text(self, prompt: str | Sequence[int]) -> tuple[list[int], Ending]:
+        """Ids of a prompt to continue, and what ends its continuation."""
+        config, ids = self.config, self.encode(prompt)
+        self._check_length(ids)
+        bos = config.bos_token_id if isinstance(config, ActConfig) else None
+        if bos is not None and isinstance(prompt, str) and len(ids) < config.context_length:
+            ids = [bos, *ids]
+        return ids, Ending(frozenset({config.eos_token_id}))
 
     def _conversation(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], int, Ending]:
         """Ids of what fits of a conversation, how many tokens were left out, and what ends the reply."""
