@@ -288,6 +288,7 @@ def beside_the_scripts(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-unty
         ("early_exit", "baseline: depth 8"),
         ("batch", "rows (baseline: 1)"),
         ("speculation", "same tokens as plain decoding"),
+        ("skip_halted", "against all"),
         pytest.param("startup", "baseline: python -c pass", marks=pytest.mark.slow),
     ],
 )
