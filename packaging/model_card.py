@@ -28,6 +28,11 @@ SOURCES = {
     "pretrain-storybooks": ("African, Asian and Pratham storybooks", "CC-BY"),
     "chat-storybooks": ("African, Asian and Pratham storybooks, told on request", "CC-BY"),
     "authored": ("conversations composed one by one for this project, with a large language model", "CC0-1.0"),
+    "phrasings": (
+        "questions in many phrasings and their answers, written for this project with a large language model "
+        "(`training/conversations`)",
+        "CC0-1.0",
+    ),
     "ms_personality_chat": ("Microsoft personality chat", "MIT"),
     "chatterbot": ("ChatterBot corpus", "BSD-3-Clause"),
     "wikipedia_qa": ("questions over lead sentences of Wikipedia", "CC-BY-SA-3.0"),

@@ -39,6 +39,11 @@ def test_the_largest_factor_that_costs_next_to_nothing_is_written(model: Path, t
         np.testing.assert_allclose(after[name], tensor * factor, rtol=1e-6)
 
 
+def test_what_it_may_cost_is_the_callers_choice(model: Path, tmp_path: Path) -> None:
+    prepared = write_prepared(tmp_path / "data", tokens=2000)
+    assert calibrate_halting(model, tmp_path / "out", prepared, ("text",), 400, tolerance=99.0).factor == FACTORS[-1]
+
+
 def test_only_replies_count_in_conversations(model: Path, tmp_path: Path) -> None:
     sources, config = load_sources(write_prepared(tmp_path / "data", tokens=3000)), read_model_directory(model)[0]
     chat = next(one for one in sources.values() if one.kind == "chat")

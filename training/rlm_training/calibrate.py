@@ -23,7 +23,7 @@ from rlm_engine.models.act import ActModel
 from rlm_training.losses import token_cross_entropy
 from rlm_training.shards import Source, load_sources
 
-FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
+FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0)
 TOLERANCE = 0.0025  # nats per token, a quarter of a percent of perplexity
 
 
@@ -52,11 +52,13 @@ def calibrate_halting(
     names: Sequence[str] = (),
     tokens: int = 20_000,
     said: Callable[[Outcome], None] = lambda outcome: None,
+    tolerance: float = TOLERANCE,
 ) -> Outcome:
     """Write the act model `source` with a calibrated halting head to `target`; returns what was chosen.
 
     ``prepared``: a folder of `rlm-train prepare`, ``names``: of its sources (default all), which give about ``tokens``
-    tokens in equal parts; in conversations only replies count. ``said`` hears of every factor.
+    tokens in equal parts; in conversations only replies count. ``said`` hears of every factor. ``tolerance``: nats per
+    token that a more decisive head may cost.
     Raises UsageError for another design, InputError for unknown sources, ModelError for a damaged model.
     """
     config, tensors = read_model_directory(source)
@@ -71,7 +73,7 @@ def calibrate_halting(
     model = ActModel(config)
     model.load_state_dict({name: torch.from_numpy(t.astype(np.float32)) for name, t in tensors.items()})
     model.eval()
-    best = choose(model, passages, said)
+    best = choose(model, passages, said, tolerance)
     written = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name in ("halt.weight", "halt.bias"):
         written[name] *= best.factor
@@ -94,8 +96,13 @@ def read_passages(source: Source, config: ActConfig, tokens: int) -> Iterator[Pa
 
 
 @torch.no_grad()
-def choose(model: ActModel, passages: Sequence[Passage], said: Callable[[Outcome], None] = lambda o: None) -> Outcome:
-    """The outcome of the largest of FACTORS that costs no more than TOLERANCE. The model stays as it is."""
+def choose(
+    model: ActModel,
+    passages: Sequence[Passage],
+    said: Callable[[Outcome], None] = lambda o: None,
+    tolerance: float = TOLERANCE,
+) -> Outcome:
+    """The outcome of the largest of FACTORS that costs no more than ``tolerance``. The model stays as it is."""
     weight, bias = model.halt.weight.clone(), model.halt.bias.clone()
     found = []
     try:
@@ -107,7 +114,7 @@ def choose(model: ActModel, passages: Sequence[Passage], said: Callable[[Outcome
     finally:
         model.halt.weight.copy_(weight)
         model.halt.bias.copy_(bias)
-    return [outcome for outcome in found if outcome.loss <= found[0].loss + TOLERANCE][-1]
+    return [outcome for outcome in found if outcome.loss <= found[0].loss + tolerance][-1]
 
 
 def _measure(model: ActModel, passages: Sequence[Passage], factor: float) -> Outcome:

@@ -114,6 +114,9 @@ def _add_calibrate(commands: Any) -> None:
     calibrate.add_argument("--prepared", type=Path, required=True, help="folder of rlm-train prepare: training text")
     calibrate.add_argument("--sources", nargs="+", default=[], metavar="NAME", help="of its sources (default all)")
     calibrate.add_argument("--tokens", type=int, default=20_000, help="of text, in all (default 20000)")
+    calibrate.add_argument(
+        "--tolerance", type=float, default=0.0025, metavar="NATS", help="per token, what it may cost (default 0.0025)"
+    )
     calibrate.add_argument("--out", type=Path, required=True, help="model directory to write")
     calibrate.set_defaults(run=_calibrate)
 
@@ -125,7 +128,9 @@ def _calibrate(options: argparse.Namespace) -> int:
         print(f"{one.factor:6.2f}  {one.loss:8.5f}  {one.depth:5.3f} +- {one.deviation:.3f}", flush=True)
 
     print("factor      loss  depth")
-    best = calibrate_halting(options.model, options.out, options.prepared, options.sources, options.tokens, say)
+    best = calibrate_halting(
+        options.model, options.out, options.prepared, options.sources, options.tokens, say, options.tolerance
+    )
     print(f"model written to {options.out}, halting logits times {best.factor:g}")
     return 0
 
