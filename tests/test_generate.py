@@ -58,7 +58,13 @@ def test_greedy_is_the_argmax_of_the_dense_model(ids_model: Model) -> None:
 
 def test_a_text_begins_with_the_start_token_of_its_model(text_model: Model) -> None:
     module = tiny_act(
-        5, torch.float32, vocab_size=50_259, eos_token_id=50_256, tokenizer="gpt2", context_length=8, bos_token_id=50_256
+        5,
+        torch.float32,
+        vocab_size=50_259,
+        eos_token_id=50_256,
+        bos_token_id=50_256,
+        tokenizer="gpt2",
+        context_length=8,
     )
     model, greedy = as_model(module, text_model.tokenizer), Sampling(greedy=True, max_tokens=4)
     ids = model.encode("The sea was")
