@@ -151,8 +151,7 @@ def header(name: str, before: list[Phase], phases: list[Phase]) -> list[str]:
         "|---|---|---|---|---|---|",
         *(training_row(phase) for phase in before + phases),
         "",
-        f"Minutes of stepping on two cores of {processor_name()} (bfloat16) that also did other work; loss in nats per "
-        "token, mean of the last 50 steps. Recipes, metrics and commands: `training/runs` in the source tree."
+        "Minutes of stepping on two CPU cores (bfloat16) that also did other work; loss in nats per token, mean of the last 50 steps. Recipes, metrics and commands: `training/runs` in the source tree."
         + calibrated(name),
     ]
 
