@@ -151,14 +151,22 @@ def header(name: str, before: list[Phase], phases: list[Phase]) -> list[str]:
         "|---|---|---|---|---|---|",
         *(training_row(phase) for phase in before + phases),
         "",
-        "Minutes of stepping on two CPU cores (bfloat16) that also did other work; loss in nats per token, mean of the last 50 steps. Recipes, metrics and commands: `training/runs` in the source tree."
-        + calibrated(name),
+        "Minutes of stepping on two CPU cores (bfloat16) that also did other work; loss in nats per token, mean of the "
+        "last 50 steps. Recipes, metrics and commands: `training/runs` in the source tree."
+        + calibrated(name, before + phases),
     ]
 
 
-def calibrated(name: str) -> str:
+def calibrated(name: str, phases: list[Phase]) -> str:
     """A sentence about the halting head, where it was calibrated."""
     provenance = json.loads((BUNDLED / name / "config.json").read_text(encoding="utf-8"))["provenance"]
+    if "halting_price" in provenance:
+        after = next((phase.recipe["name"] for phase in phases if phase.recipe["optim"]["halt_lr"] == 0), "the end")
+        return (
+            f" Before {after} the halting head was fitted anew, to stop where all further recurrences together save less "
+            f"than {provenance['halting_price']} nats, its logits times {provenance['halting_factor']:g} (`rlm-train "
+            "calibrate`), and has not learned since."
+        )
     if "halting_factor" not in provenance:
         return ""
     return f" The logits of the halting head were then multiplied by {provenance['halting_factor']} (`calibrate`)."

@@ -44,6 +44,20 @@ def test_what_it_may_cost_is_the_callers_choice(model: Path, tmp_path: Path) -> 
     assert calibrate_halting(model, tmp_path / "out", prepared, ("text",), 400, tolerance=99.0).factor == FACTORS[-1]
 
 
+def test_a_fitted_head_stops_where_going_on_saves_less_than_its_price(model: Path, tmp_path: Path) -> None:
+    prepared, depths = write_prepared(tmp_path / "data", tokens=2000), []
+    for price in (-5.0, 5.0):  # no saving is below the first, none above the second
+        outcome = calibrate_halting(model, tmp_path / f"{price}", prepared, ("text",), 400, price=price, factor=20.0)
+        depths.append(outcome.depth)
+        config, written = read_model_directory(tmp_path / f"{price}")
+        assert config.provenance["halting_price"] == price and config.provenance["halting_factor"] == 20.0
+        before = read_model_directory(model)[1]
+        changed = {name for name in before if not np.array_equal(before[name], written[name])}
+        assert changed == {"halt.weight", "halt.bias"}
+    config = read_model_directory(model)[0]
+    assert depths == [config.max_steps, config.min_steps]  # type: ignore[attr-defined]
+
+
 def test_only_replies_count_in_conversations(model: Path, tmp_path: Path) -> None:
     sources, config = load_sources(write_prepared(tmp_path / "data", tokens=3000)), read_model_directory(model)[0]
     chat = next(one for one in sources.values() if one.kind == "chat")

@@ -117,6 +117,10 @@ def _add_calibrate(commands: Any) -> None:
     calibrate.add_argument(
         "--tolerance", type=float, default=0.0025, metavar="NATS", help="per token, what it may cost (default 0.0025)"
     )
+    calibrate.add_argument("--factor", type=float, metavar="F", help="this factor instead of the best one")
+    calibrate.add_argument(
+        "--price", type=float, metavar="NATS", help="fit the head anew: stop where all that follows saves less"
+    )
     calibrate.add_argument("--out", type=Path, required=True, help="model directory to write")
     calibrate.set_defaults(run=_calibrate)
 
@@ -129,7 +133,15 @@ def _calibrate(options: argparse.Namespace) -> int:
 
     print("factor      loss  depth")
     best = calibrate_halting(
-        options.model, options.out, options.prepared, options.sources, options.tokens, say, options.tolerance
+        options.model,
+        options.out,
+        options.prepared,
+        options.sources,
+        options.tokens,
+        say,
+        options.tolerance,
+        options.price,
+        options.factor,
     )
     print(f"model written to {options.out}, halting logits times {best.factor:g}")
     return 0

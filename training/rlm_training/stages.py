@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlm_engine.checkpoint import read_model_directory
+from rlm_engine.checkpoint import read_config, read_model_directory
 from rlm_engine.config import ChatFormat, ModelConfig
 from rlm_engine.errors import EngineError, UsageError
 from rlm_engine.models import build_model
@@ -264,6 +264,8 @@ def _export_config(recipe: Recipe) -> ModelConfig:
     }
     if recipe.train.init:
         provenance["started_from"] = recipe.train.init
+        started = read_config(Path(recipe.train.init)).provenance  # what `calibrate` did stays true
+        provenance |= {key: started[key] for key in ("halting_price", "halting_factor") if key in started}
     return dataclasses.replace(recipe.model, chat_format=chat_format, provenance=provenance)
 
 
