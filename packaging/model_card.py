@@ -163,9 +163,9 @@ def calibrated(name: str, phases: list[Phase]) -> str:
     if "halting_price" in provenance:
         after = next((phase.recipe["name"] for phase in phases if phase.recipe["optim"]["halt_lr"] == 0), "the end")
         return (
-            f" Before {after} the halting head was fitted anew, to stop where all further recurrences together save less "
-            f"than {provenance['halting_price']} nats, its logits times {provenance['halting_factor']:g} (`rlm-train "
-            "calibrate`), and has not learned since."
+            f" Before {after} the halting head was fitted anew, to stop where all further recurrences together save "
+            f"less than {provenance['halting_price']} nats, its logits times {provenance['halting_factor']:g} "
+            "(`rlm-train calibrate`), and has not learned since."
         )
     if "halting_factor" not in provenance:
         return ""

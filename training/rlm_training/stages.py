@@ -264,7 +264,7 @@ def _export_config(recipe: Recipe) -> ModelConfig:
     }
     if recipe.train.init:
         provenance["started_from"] = recipe.train.init
-        started = read_config(Path(recipe.train.init)).provenance  # what `calibrate` did stays true
+        started = read_config(Path(recipe.train.init)).get("provenance") or {}  # what `calibrate` did stays true
         provenance |= {key: started[key] for key in ("halting_price", "halting_factor") if key in started}
     return dataclasses.replace(recipe.model, chat_format=chat_format, provenance=provenance)
 
