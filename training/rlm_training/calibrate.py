@@ -152,7 +152,7 @@ def fit_head(model: ActModel, passages: Sequence[Passage], price: float) -> None
         loss.backward()
         return loss
 
-    solver.step(closure)  # type: ignore[no-untyped-call]
+    solver.step(closure)
     solver.zero_grad()
 
 

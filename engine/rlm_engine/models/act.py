@@ -258,7 +258,8 @@ class ActModel(nn.Module):
             if sparse is not None:
                 new, p = sparse
             else:
-                new, p, *written = run(state, initial, self.step_embedding[n], cos, sin, past, mask, frozen)
+                new, p, k, v = run(state, initial, self.step_embedding[n], cos, sin, past, mask, frozen)
+                written = (k, v)
                 kept.append(written)
             if halting is None:
                 halting = HaltingState(torch.zeros_like(p), torch.ones_like(depth, dtype=torch.bool))
