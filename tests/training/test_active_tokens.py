@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from rlm_engine.config import ActConfig
+from rlm_engine.errors import UsageError
 from rlm_engine.models.act import ActModel, ActOutput
 from rlm_training import active_tokens
 from rlm_training.active_tokens import ActiveTokens, find_places
+from rlm_training.recipe import TrainConfig
 
 
 def halting_model(bias: float) -> ActModel:
@@ -73,6 +75,12 @@ def test_one_object_serves_many_forward_passes() -> None:
     for seed, shape in enumerate([(2, 40), (3, 30), (1, 64)]):
         ids = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(model(ids, running_step=sparse).hidden, model(ids).hidden, rtol=0, atol=1e-12)
+
+
+def test_what_it_does_not_go_with_is_refused() -> None:
+    for other in ({"recompute": True}, {"fsdp": True}):
+        with pytest.raises(UsageError, match="skip_halted"):
+            TrainConfig(skip_halted=True, **other)  # type: ignore[arg-type]
 
 
 def test_running_tokens_stand_at_the_right_end_of_their_row() -> None:

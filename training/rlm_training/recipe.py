@@ -102,8 +102,8 @@ class TrainConfig:
             raise UsageError("sampled_vocabulary must not be negative, full_softmax_from is a share of the run")
         if not 0 <= self.average < 1:
             raise UsageError(f"average must be in [0, 1), got {self.average}")
-        if self.skip_halted and self.recompute:
-            raise UsageError("skip_halted and recompute do not go together")
+        if self.skip_halted and (self.recompute or self.fsdp):
+            raise UsageError("skip_halted goes neither with recompute nor with fsdp")
         if self.fsdp and self.precision == "float16":
             raise UsageError("fsdp and precision 'float16' do not go together; use 'bfloat16'")
 
