@@ -161,7 +161,9 @@ def calibrated(name: str, phases: list[Phase]) -> str:
     """A sentence about the halting head, where it was calibrated."""
     provenance = json.loads((BUNDLED / name / "config.json").read_text(encoding="utf-8"))["provenance"]
     if "halting_price" in provenance:
-        after = next((phase.recipe["name"] for phase in phases if phase.recipe["optim"]["halt_lr"] == 0), "the end")
+        after = next(
+            (phase.recipe["name"] for phase in phases if phase.recipe["ponder"].get("fixed_halting")), "the end"
+        )
         return (
             f" Before {after} the halting head was fitted anew, to stop where all further recurrences together save "
             f"less than {provenance['halting_price']} nats, its logits times {provenance['halting_factor']:g} "

@@ -10,8 +10,10 @@ from rlm_engine.config import ActConfig
 from rlm_engine.errors import UsageError
 from rlm_engine.models.act import ActModel, ActOutput
 from rlm_training import active_tokens
+from rlm_training.act_design import Act
 from rlm_training.active_tokens import ActiveTokens, find_places
 from rlm_training.recipe import TrainConfig
+from rlm_training.schedule import PonderConfig
 
 
 def halting_model(bias: float) -> ActModel:
@@ -93,3 +95,13 @@ def test_running_tokens_stand_at_the_right_end_of_their_row() -> None:
     assert places.slots.tolist() == [61, 62, 63, 127]
     assert places.positions[0, -3:].tolist() == [3, 50, 99]
     assert places.positions[1, -1].item() == 7
+
+
+def test_fixed_halting_takes_no_gradient_and_gives_none() -> None:
+    model = halting_model(-1.0)
+    Act(model, PonderConfig(fixed_halting=True))
+    assert not any(p.requires_grad for p in model.halt.parameters())
+    ids = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(6))
+    free, fixed = model(ids), model(ids, detach_halting=True)
+    assert torch.equal(free.hidden, fixed.hidden)
+    assert free.remainder.requires_grad and not fixed.remainder.requires_grad

@@ -45,6 +45,8 @@ class Act:
         # One function of tensors, called once per recurrence: no new compilation when the budget grows.
         step: Any = torch.compile(model.dense_step, dynamic=False) if compiled else model.dense_step
         self._dense_step = step
+        if ponder.fixed_halting:
+            model.halt.requires_grad_(False)
         self._running_step = ActiveTokens(model, compiled) if skip_halted else None
         if recompute:
             self._dense_step = lambda *inputs: checkpoint(step, *inputs, use_reentrant=False)
@@ -70,6 +72,7 @@ class Act:
             max_steps=plan.budget,
             keep_states=plan.gate is not None,
             dense_step=self._dense_step if torch.is_grad_enabled() else None,  # held-out rows come in other shapes
+            detach_halting=self._ponder.fixed_halting,
             running_step=self._running_step if torch.is_grad_enabled() and plan.gate is None else None,
         )
         if out.memory is not None and torch.is_grad_enabled():

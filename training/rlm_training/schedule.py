@@ -87,6 +87,8 @@ class PonderConfig:
     the learning-rate schedule ends there and the halting head goes on at its full rate.
     ``gate_sharpness``: k of the target sigmoid(k (L_n - L_n+1 - price)) for going on after recurrence n
     (Zhu et al. 2025, stage II). ``gate_weight``: that target's weight beside the language loss.
+    ``fixed_halting``: the halting head stays as it is (say, as `calibrate` fitted it), and nothing learns to please it:
+    no gradient goes through halting probabilities.
     """
 
     growth: tuple[tuple[float, int], ...] = ((0.0, 8),)
@@ -99,6 +101,7 @@ class PonderConfig:
     gate_from: float = 1.0
     gate_sharpness: float = 50.0
     gate_weight: float = 0.1
+    fixed_halting: bool = False
 
     def __post_init__(self) -> None:
         for name, pairs, least in (("growth", self.growth, 1), ("memory", self.memory, 0)):
@@ -111,6 +114,8 @@ class PonderConfig:
             raise UsageError(f"random_stop must be in [0, 1), got {self.random_stop}")
         if not 0 < self.gate_from <= 1 or self.gate_sharpness <= 0 or self.gate_weight < 0:
             raise UsageError("gate_from must be in (0, 1], gate_sharpness above 0, gate_weight not negative")
+        if self.fixed_halting and self.gate_from < 1:
+            raise UsageError("fixed_halting and gate_from do not go together")
         if self.memory_documents and not self.most_memory():
             raise UsageError("memory_documents needs memory")
 

@@ -211,6 +211,7 @@ class ActModel(nn.Module):
         keep_states: bool = False,
         dense_step: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
         running_step: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
+        detach_halting: bool = False,
     ) -> ActOutput:
         """Dense forward of ids [batch, tokens].
 
@@ -224,7 +225,7 @@ class ActModel(nn.Module):
         recurrence's probability, the remainder at the stop; a probability is cut to what is left of 1.
         ``running_step``: computes a recurrence for the tokens that still run, (state, initial, n from 0, running
         [batch, tokens], cos, sin, mask) -> (states of all tokens, p_n), or None where the dense one should; not with
-        kv="reuse", memory or ``forced_depth``.
+        kv="reuse", memory or ``forced_depth``. ``detach_halting``: no gradient goes through halting probabilities.
         """
         config = self.config
         steps = min(config.max_steps, max_steps or config.max_steps)
@@ -263,6 +264,8 @@ class ActModel(nn.Module):
                 kept.append(written)
             if halting is None:
                 halting = HaltingState(torch.zeros_like(p), torch.ones_like(depth, dtype=torch.bool))
+            if detach_halting:
+                p = p.detach()
             if n + 1 < config.min_steps:
                 p = p * 0.0
             running = halting.running
