@@ -196,7 +196,8 @@ def data(before: list[Phase], phases: list[Phase]) -> list[str]:
     rows += ["|---" * (len(phases) + 2) + "|"]
     for name in names:
         times = " | ".join(f"{epochs[name]:.2g}" if name in epochs else "-" for epochs in read)
-        what, licence = SOURCES[OTHER_NAMES.get(name, name.removeprefix("chat_"))]
+        known = f"chat-{name}" if phases[-1].recipe["stage"] == "sft" and f"chat-{name}" in SOURCES else name
+        what, licence = SOURCES[OTHER_NAMES.get(known, known.removeprefix("chat_"))]
         rows.append(f"| {what} | {times} | {licence} |")
     note = "Held-out documents were split off before training. "
     unsearched = [phase.recipe["name"] for phase in everything if phase.recipe["data"]["prepared"] == UNSEARCHED]
