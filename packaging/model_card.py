@@ -165,9 +165,9 @@ def calibrated(name: str, phases: list[Phase]) -> str:
             (phase.recipe["name"] for phase in phases if phase.recipe["ponder"].get("fixed_halting")), "the end"
         )
         return (
-            f" Before {after} the halting head was fitted anew, to stop where all further recurrences together save "
-            f"less than {provenance['halting_price']} nats, its logits times {provenance['halting_factor']:g} "
-            "(`rlm-train calibrate`), and has not learned since."
+            f" From {after} on the halting head does not learn: it was fitted to stop where all further recurrences "
+            f"together save less than {provenance['halting_price']} nats, its logits times "
+            f"{provenance['halting_factor']:g} (`rlm-train calibrate`; `training/runs/README.md` says when)."
         )
     if "halting_factor" not in provenance:
         return ""
