@@ -3,9 +3,8 @@
 A halted token's state no longer changes and nothing reads what a further recurrence would make of it; what later
 tokens see of it is one key and value, projected once. So from the recurrence on at which enough tokens have halted,
 queries, MLP and halting head are computed for running tokens only, and the result is that of
-`rlm_engine.models.act.ActModel.forward` with the same gradients (to the rounding of sums in another order). Training
-then costs the depth it uses instead of the depth it may use. On two cores, act-15m at a mean depth of 4.4 of 8: see
-benchmarks/LOG.md.
+`rlm_engine.models.act.ActModel.forward` with the same gradients (to the rounding of sums in another order). What it
+brings: benchmarks/LOG.md.
 """
 
 from __future__ import annotations
