@@ -64,7 +64,12 @@ class Places:
     @property
     def padded(self) -> int:
         """Their number, rounded up."""
-        return -(-max(len(self.flat), 1) // ROUNDING) * ROUNDING
+        return rounded_up(len(self.flat))
+
+
+def rounded_up(rows: int) -> int:
+    """The least multiple of ROUNDING that holds them, at least one."""
+    return -(-max(rows, 1) // ROUNDING) * ROUNDING
 
 
 def find_places(running: Tensor) -> Places:
@@ -134,7 +139,7 @@ class ActiveTokens:
             k, v = self._project(state, cos[everywhere], sin[everywhere])
         else:
             k, v, changed = self._seen
-            padded = -(-max(len(changed), 1) // ROUNDING) * ROUNDING
+            padded = rounded_up(len(changed))
             turn = torch.nn.functional.pad(changed % tokens, (0, padded - len(changed)))
             new = self._project(rows_of(state, changed, padded), cos[turn], sin[turn])
             k, v = (old.index_copy(0, changed, x[: len(changed)]) for old, x in zip((k, v), new, strict=True))
